@@ -1,0 +1,157 @@
+"""The E-I circuit: what stands in place of batch normalization (paper, Section on the E-I circuit).
+
+In cortex a pyramidal neuron's excitation is matched by fast inhibition from parvalbumin-positive (PV+) interneurons
+that listen to the same inputs. They are about a quarter as many, and they act in two ways: through synapses on the
+dendrites they subtract (E-I balance), and at the soma they divide (gain control). For presynaptic activity x >= 0:
+
+    I_EE  = W_EE * x                      excitation
+    I_IE  = W_IE * x,   s_I = I_IE        drive and activity of the interneurons
+    I_sub = W_EI s_I                      subtractive inhibition
+    I_div = W_EI (g_I . s_I)              divisive inhibition
+    I_int = g_E . (I_EE - I_sub) / I_div + b_E
+
+An interneuron is fast (tau_I << tau_E), so it is at its steady state max(0, I_IE) within one step; as nothing in I_IE
+is negative, that is I_IE itself. No ReLU is computed: its derivative at 0 is 0, and would cut off the gradient that the
+straight-through estimator of `ei_prop.py` carries to silent positions.
+
+Every weight and gain is non-negative (Dale's law: `clamp_dale`), only b_E is free.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ei_prop import divide, scale_gradient
+
+
+class EICircuit(nn.Module):
+    """The circuit with all-to-all synapses: presynaptic activity (N, in_features) -> I_int (N, n_E).
+
+    Args:
+        in_features: presynaptic neurons; also the fan-in d.
+        n_e: excitatory neurons, n_E.
+        ei_ratio: excitatory neurons per inhibitory one; n_I = n_E // ei_ratio, at least 1.
+        readout: only the subtractive half, I_EE - I_sub, as in the last layer of a network: no g_I, g_E, b_E.
+        eps, ste: how zeros of I_div are handled, see `ei_prop.stabilize`.
+        grad_scaling: multiply the gradient of W_EI by 1/d, see `ei_prop.scale_gradient`.
+
+    Parameters:
+        w_ee (n_E, in), w_ie (n_I, in), w_ei (n_E, n_I), g_i (n_I,), g_e (n_E,): >= 0. b_e (n_E,).
+        They start as absolute values of Kaiming's initialisation, with gains of 1: the paper's control. What makes the
+        circuit a normalization is E-I Init, an explicit call (`ei_init.initialize`).
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+
+    def __init__(self, in_features, n_e, ei_ratio=4, readout=False, eps="adaptive", ste=True, grad_scaling=True):
+        self._setup((in_features,), n_e, ei_ratio, readout, eps, ste, grad_scaling)
+
+    def _setup(self, fan_in_shape, n_e, ei_ratio, readout, eps, ste, grad_scaling):
+        super().__init__()
+        if min(*fan_in_shape, n_e, ei_ratio) < 1:
+            raise ValueError(f"a circuit needs sizes of at least 1, not {fan_in_shape}, n_e={n_e}, ei_ratio={ei_ratio}")
+        self.n_e, self.n_i = n_e, max(1, n_e // ei_ratio)
+        self.fan_in = torch.Size(fan_in_shape).numel()
+        self.readout, self.eps, self.ste, self.grad_scaling = readout, eps, ste, grad_scaling
+        self.w_ee = nn.Parameter(torch.empty(self.n_e, *fan_in_shape))
+        self.w_ie = nn.Parameter(torch.empty(self.n_i, *fan_in_shape))
+        self.w_ei = nn.Parameter(torch.full((self.n_e, self.n_i), 1 / self.n_i))
+        if not readout:
+            self.g_i = nn.Parameter(torch.ones(self.n_i))
+            self.g_e = nn.Parameter(torch.ones(self.n_e))
+            self.b_e = nn.Parameter(torch.zeros(self.n_e))
+        with torch.no_grad():
+            for w in (self.w_ee, self.w_ie):
+                nn.init.kaiming_normal_(w).abs_()
+
+    def _synapses(self, x, w):
+        """Presynaptic activity through the weights w, which are shared by all positions where there are positions."""
+        return F.linear(x, w)
+
+    def _local(self, s, w):
+        """Lateral connections w (n_E, n_I), which act at each position alone."""
+        return F.linear(s, w)
+
+    def currents(self, x):
+        """Every current of the circuit, line by line as in the paper: a dict of I_EE, I_IE, I_sub, I_div and I_int.
+
+        `forward` computes the same I_int with fewer operations.
+        """
+        w_ei = scale_gradient(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
+        i_ee = self._synapses(x, self.w_ee)
+        i_ie = self._synapses(x, self.w_ie)
+        i_sub = self._local(i_ie, w_ei)
+        if self.readout:
+            return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_int=i_ee - i_sub)
+        g_i, g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.g_i, self.g_e, self.b_e))
+        i_div = self._local(g_i * i_ie, w_ei)
+        i_int = g_e * divide(i_ee - i_sub, i_div, self.eps, self.ste) + b_e
+        return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_div=i_div, i_int=i_int)
+
+    def forward(self, x):
+        """x, (N, in) or (N, in, H, W), non-negative -> I_int, (N, n_E) or (N, n_E, H', W')."""
+        w_ei = scale_gradient(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
+        # I_EE - I_sub = (W_EE - W_EI W_IE) * x: as s_I is linear in x, both are one kernel with a sign. Exact.
+        w_balanced = self.w_ee - (w_ei @ self.w_ie.flatten(1)).view_as(self.w_ee)
+        if self.readout:
+            return self._synapses(x, w_balanced)
+        # One pass over x serves both populations.
+        balanced, i_ie = self._synapses(x, torch.cat([w_balanced, self.w_ie])).split([self.n_e, self.n_i], 1)
+        i_div = self._local(i_ie, w_ei * self.g_i)  # g_I goes with the synapse instead of the activity
+        g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.g_e, self.b_e))
+        return torch.addcmul(b_e, g_e, divide(balanced, i_div, self.eps, self.ste))
+
+    def extra_repr(self):
+        return f"fan_in={self.fan_in}, n_e={self.n_e}, n_i={self.n_i}" + ", readout" * self.readout
+
+
+class EICircuit2d(EICircuit):
+    """The circuit with shared weights, a convolution: (N, in_channels, H, W) -> I_int (N, n_E, H', W').
+
+    Args:
+        in_channels: presynaptic maps.
+        n_e: excitatory maps, n_E.
+        kernel_size, stride, padding: of W_EE and W_IE. The fan-in is d = in_channels * kernel_size ** 2. W_EI acts at each
+            position alone, as a 1x1 convolution.
+        The others: as for `EICircuit`.
+
+    Parameters:
+        w_ee (n_E, in, k, k), w_ie (n_I, in, k, k), the others as in `EICircuit`.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        n_e,
+        kernel_size,
+        stride=1,
+        padding=0,
+        ei_ratio=4,
+        readout=False,
+        eps="adaptive",
+        ste=True,
+        grad_scaling=True,
+    ):
+        self._setup((in_channels, kernel_size, kernel_size), n_e, ei_ratio, readout, eps, ste, grad_scaling)
+        self.stride, self.padding = stride, padding
+
+    def _synapses(self, x, w):
+        return F.conv2d(x, w, stride=self.stride, padding=self.padding)
+
+    def _local(self, s, w):
+        return F.conv2d(s, w[:, :, None, None])
+
+
+@torch.no_grad()
+def clamp_dale(model):
+    """Dale's law: sets what an optimiser step made negative in W_EE, W_IE, W_EI, g_I and g_E back to 0, in place.
+
+    Args:
+        model: any module; its `EICircuit`s are found. b_E is left free.
+    """
+    for circuit in model.modules():
+        if isinstance(circuit, EICircuit):
+            for name, p in circuit.named_parameters(recurse=False):
+                if name != "b_e":
+                    p.clamp_(min=0)

@@ -1,0 +1,218 @@
+"""Deep spiking networks of E-I circuits: VGG and SEW-ResNet, as the paper trains them (paper, Experiments).
+
+A layer is a circuit and its excitatory neurons: presynaptic spikes -> `EICircuit2d` -> I_int -> `LIF` -> spikes.
+Time is the leading axis and merged into the batch, (T B, C, H, W), wherever nothing depends on time; only the LIF
+neurons take it apart. A static image is a constant current, so its first circuit is computed once for all T steps.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from baselines import bn_conv, plain_conv
+from inhibition import EICircuit, EICircuit2d
+from lif import LIF
+
+# 3x3 convolutions; "P" is 2x2 average pooling; each number is a circuit of so many excitatory maps and its LIF.
+PLANS = {
+    "vgg8": [64, "P", 128, "P", 256, "P", 512, "P", 512, "P"],
+    "vgg11": [64, "P", 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"],
+    "vgg16": [64, 64, "P", 128, 128, "P", *[256] * 3, "P", *[512] * 3, "P", *[512] * 3, "P"],
+    "vgg19": [64, 64, "P", 128, 128, "P", *[256] * 4, "P", *[512] * 4, "P", *[512] * 4, "P"],
+}
+ARCHS = [*PLANS, "resnet18"]
+KINDS = ["ei", "bn", "plain"]
+
+
+class Layer(nn.Module):
+    """A circuit (or what is compared with it) and its LIF neurons.
+
+    Presynaptic activity (T B, C, H, W), or (B, C, H, W) that is the same at every step, -> spikes (T B, n_E, H', W').
+    """
+
+    def __init__(self, circuit):
+        super().__init__()
+        self.circuit, self.lif = circuit, LIF()
+
+    def forward(self, x, T, static=False):
+        current = self.circuit(x)
+        current = current.expand(T, *current.shape) if static else current.unflatten(0, (T, -1))
+        return self.lif(current).flatten(0, 1)
+
+
+class VGG(nn.Module):
+    """A chain of layers and poolings: (T B, C, S, S) -> features (T B, F)."""
+
+    def __init__(self, plan, in_channels, image_size, layer):
+        super().__init__()
+        stages, size = [], image_size
+        for n_e in plan:
+            if n_e == "P":
+                stages.append(nn.AvgPool2d(2))
+                size //= 2
+            else:
+                stages.append(layer(in_channels, n_e, 3, padding=1))
+                in_channels = n_e
+        if size < 1:
+            raise ValueError(f"images of {image_size}x{image_size} pixels are too small for this network's poolings")
+        self.stages = nn.Sequential(*stages)
+        self.n_features = in_channels * size * size
+
+    def forward(self, x, T, static):
+        for stage in self.stages:
+            if isinstance(stage, Layer):
+                x, static = stage(x, T, static), False
+            else:
+                x = stage(x)
+        return x.flatten(1)
+
+
+class Block(nn.Module):
+    """A basic block of SEW-ResNet: the spikes of two layers are added to the identity, or to those of a shortcut layer."""
+
+    def __init__(self, in_channels, n_e, stride, layer):
+        super().__init__()
+        self.conv1 = layer(in_channels, n_e, 3, stride=stride, padding=1)
+        self.conv2 = layer(n_e, n_e, 3, padding=1)
+        self.shortcut = None
+        if stride != 1 or in_channels != n_e:
+            self.shortcut = layer(in_channels, n_e, 1, stride=stride)
+
+    def forward(self, x, T):
+        spikes = self.conv2(self.conv1(x, T), T)
+        return spikes + (x if self.shortcut is None else self.shortcut(x, T))
+
+
+class ResNet18(nn.Module):
+    """SEW-ResNet-18: stem, four stages of two blocks, global average pooling: (T B, C, S, S) -> features (T B, 512)."""
+
+    def __init__(self, in_channels, layer):
+        super().__init__()
+        self.stem = layer(in_channels, 64, 3, padding=1)
+        widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+        widths += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+        self.blocks = nn.Sequential(*[Block(n_in, n_e, stride, layer) for n_in, n_e, stride in widths])
+        self.n_features = 512
+
+    def forward(self, x, T, static):
+        x = self.stem(x, T, static)
+        for block in self.blocks:
+            x = block(x, T)
+        return x.mean((2, 3))
+
+
+class Network(nn.Module):
+    """Encoder of spiking layers and a readout that is averaged over time.
+
+    forward: images (B, C, S, S) or frames (B, T, C, S, S), values in [0, 1] or counts >= 0 -> logits (B, classes).
+    """
+
+    def __init__(self, encoder, readout, T, in_channels, image_size):
+        super().__init__()
+        self.encoder, self.readout = encoder, readout
+        self.T, self.in_channels, self.image_size = T, in_channels, image_size
+
+    def forward(self, x):
+        image = (self.in_channels, self.image_size, self.image_size)
+        frames = x.dim() == 5
+        if x.shape[-3:] != image or x.dim() != 4 + frames:
+            raise ValueError(f"the network was built for images of {image} (channels, height, width), not {(*x.shape,)}")
+        if frames and x.shape[1] != self.T:
+            raise ValueError(f"the network runs for T={self.T} time steps, but the data have {x.shape[1]} frames")
+        if frames:
+            x = x.transpose(0, 1).flatten(0, 1)
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions are fastest so, and all that follows keeps it
+        features = self.encoder(x, self.T, static=not frames)
+        return self.readout(features).unflatten(0, (self.T, -1)).mean(0)
+
+
+def build(
+    arch,
+    in_channels=3,
+    n_classes=10,
+    T=4,
+    kind="ei",
+    image_size=32,
+    plan=None,
+    ei_ratio=4,
+    eps="adaptive",
+    ste=True,
+    grad_scaling=True,
+):
+    """A network of the paper.
+
+    Args:
+        arch: one of `ARCHS`: "vgg8", "vgg11", "vgg16", "vgg19", "resnet18".
+        in_channels, n_classes, T: sizes, at least 1. T is the number of time steps.
+        kind: "ei" (the paper's), "bn" (BN-SNN) or "plain" (nothing in place of normalization), see `baselines.py`.
+        image_size: side of the square images, at least 32 for the plans of the paper.
+        plan: replaces a VGG's list of layers, e.g. [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"].
+        ei_ratio, eps, ste, grad_scaling: of every circuit, see `EICircuit`; only `kind="ei"` has circuits.
+
+    Returns:
+        A module: images (B, C, S, S) or frames (B, T, C, S, S) -> logits (B, n_classes). Its E-I circuits are to be
+        initialised by `ei_init.initialize` with the first batch.
+
+    Raises:
+        ValueError: for an unknown arch or kind, a size below 1, a plan for a ResNet, images too small.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHS)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose from {', '.join(KINDS)}")
+    if min(in_channels, n_classes, T) < 1:
+        raise ValueError(f"sizes must be at least 1, not in_channels={in_channels}, n_classes={n_classes}, T={T}")
+    if plan is None and image_size < 32:
+        raise ValueError(f"images of {image_size}x{image_size} pixels are too small: {arch} needs 32x32 or more")
+    options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling)
+    conv = {"ei": partial(EICircuit2d, **options), "bn": bn_conv, "plain": plain_conv}[kind]
+
+    def layer(*args, **kwargs):
+        return Layer(conv(*args, **kwargs))
+
+    if arch == "resnet18":
+        if plan is not None:
+            raise ValueError("a plan is a list of VGG layers; resnet18 takes none")
+        encoder = ResNet18(in_channels, layer)
+    else:
+        encoder = VGG(plan or PLANS[arch], in_channels, image_size, layer)
+    if kind == "ei":
+        readout = EICircuit(encoder.n_features, n_classes, readout=True, **options)
+    else:
+        readout = nn.Linear(encoder.n_features, n_classes)
+    return Network(encoder, readout, T, in_channels, image_size)
+
+
+def circuits(model):
+    """The E-I circuits of a network in the order in which they run, the readout last: a list of `EICircuit`."""
+    return [m for m in model.modules() if isinstance(m, EICircuit)]
+
+
+def layers(model):
+    """The spiking layers (circuit and LIF) of a network in the order in which they run: a list of `Layer`."""
+    return [m for m in model.modules() if isinstance(m, Layer)]
+
+
+@torch.no_grad()
+def population(model):
+    """Numbers of excitatory and inhibitory neurons of a network: one for each map and position of each layer.
+
+    The readout's units and interneurons count too.
+    """
+    shapes = {}
+    modules = [*layers(model), model.readout]
+    hooks = [m.register_forward_hook(lambda m, _, out: shapes.update({m: out.shape[1:]})) for m in modules]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    n_e = sum(shape.numel() for shape in shapes.values())
+    n_i = 0
+    for m, (_, *positions) in shapes.items():
+        circuit = m.circuit if isinstance(m, Layer) else m
+        if isinstance(circuit, EICircuit):
+            n_i += circuit.n_i * torch.Size(positions).numel()
+    return n_e, n_i

@@ -1,0 +1,23 @@
+"""What several tests share: golden files, relative error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+def golden(name):
+    """The arrays of a golden file as tensors."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as arrays:
+        return {k: torch.as_tensor(arrays[k]) for k in arrays.files}
+
+
+def relative_error(a, b):
+    """Norm of the difference beside the norm of b."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
