@@ -50,7 +50,7 @@ def ei_init(circuit, x):
 def initialize(model, batch):
     """E-I Init of a whole network: layer by layer in forward order, each seeing what those before it now send.
 
-    An explicit call, once, before training; never after loading a checkpoint. A network without circuits stays as it is.
+    An explicit call, once, before training; never after loading a checkpoint. A network without circuits is left as is.
 
     Args:
         model: a network of `model.build`.

@@ -21,7 +21,7 @@ def stabilize(i_div, eps="adaptive", ste=True):
     """I_div made safe to divide by (paper, E-I Prop: adaptive stabilization and straight-through estimator).
 
     Args:
-        i_div: (N, ...), divisive inhibition, non-negative; one entry of the leading axis is one time step of one sample.
+        i_div: (N, ...), divisive inhibition, non-negative; a sample, along N, is one time step of one image.
         eps: "adaptive": each 0 becomes the smallest positive value of its sample, all else stays as it is. A number:
             the alternative that the paper argues against, i_div + eps.
         ste: backward, the replacement is the identity. False: it is differentiated (the paper's ablation).

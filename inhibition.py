@@ -112,8 +112,8 @@ class EICircuit2d(EICircuit):
     Args:
         in_channels: presynaptic maps.
         n_e: excitatory maps, n_E.
-        kernel_size, stride, padding: of W_EE and W_IE. The fan-in is d = in_channels * kernel_size ** 2. W_EI acts at each
-            position alone, as a 1x1 convolution.
+        kernel_size, stride, padding: of W_EE and W_IE; the fan-in is d = in_channels * kernel_size ** 2. W_EI acts at
+            each position alone, as a 1x1 convolution.
         The others: as for `EICircuit`.
 
     Parameters:

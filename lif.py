@@ -69,7 +69,9 @@ def lif(current, tau=2.0, threshold=1.0):
         ValueError: for a tau below 1, a threshold that is not positive, or a current without a time step.
     """
     if not tau >= 1 or not threshold > 0:
-        raise ValueError(f"lif: tau must be at least 1 and the threshold positive, not tau={tau}, threshold={threshold}")
+        raise ValueError(
+            f"lif: tau must be at least 1 and the threshold positive, not tau={tau}, threshold={threshold}"
+        )
     if current.dim() == 0 or current.shape[0] == 0:
         raise ValueError(f"lif: the current needs a leading axis of at least one time step, not {tuple(current.shape)}")
     return _LIF.apply(current, tau, threshold)

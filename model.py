@@ -69,7 +69,7 @@ class VGG(nn.Module):
 
 
 class Block(nn.Module):
-    """A basic block of SEW-ResNet: the spikes of two layers are added to the identity, or to those of a shortcut layer."""
+    """A basic block of SEW-ResNet: the spikes of two layers, added to the identity or to those of a shortcut layer."""
 
     def __init__(self, in_channels, n_e, stride, layer):
         super().__init__()
@@ -117,12 +117,16 @@ class Network(nn.Module):
         image = (self.in_channels, self.image_size, self.image_size)
         frames = x.dim() == 5
         if x.shape[-3:] != image or x.dim() != 4 + frames:
-            raise ValueError(f"the network was built for images of {image} (channels, height, width), not {(*x.shape,)}")
+            raise ValueError(
+                f"the network was built for images of {image} (channels, height, width), not {(*x.shape,)}"
+            )
         if frames and x.shape[1] != self.T:
             raise ValueError(f"the network runs for T={self.T} time steps, but the data have {x.shape[1]} frames")
         if frames:
             x = x.transpose(0, 1).flatten(0, 1)
-        x = x.contiguous(memory_format=torch.channels_last)  # convolutions are fastest so, and all that follows keeps it
+        x = x.contiguous(
+            memory_format=torch.channels_last
+        )  # convolutions are fastest so, and all that follows keeps it
         features = self.encoder(x, self.T, static=not frames)
         return self.readout(features).unflatten(0, (self.T, -1)).mean(0)
 
@@ -216,3 +220,20 @@ def population(model):
         if isinstance(circuit, EICircuit):
             n_i += circuit.n_i * torch.Size(positions).numel()
     return n_e, n_i
+
+
+@torch.no_grad()
+def first_nonfinite(model, x):
+    """The name of the first layer, in forward order, whose parameters or values on x are not finite."""
+    found = []
+
+    def check(module, _, out, name):
+        if not all(t.isfinite().all() for t in (out, *module.parameters(recurse=False))):
+            found.append(name)
+
+    leaves = {m: name for name, m in model.named_modules() if name and not list(m.children())}
+    hooks = [m.register_forward_hook(partial(check, name=name)) for m, name in leaves.items()]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else "loss"
