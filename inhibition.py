@@ -56,13 +56,13 @@ class EICircuit(nn.Module):
         self.readout, self.eps, self.ste, self.grad_scaling = readout, eps, ste, grad_scaling
         self.w_ee = nn.Parameter(torch.empty(self.n_e, *fan_in_shape))
         self.w_ie = nn.Parameter(torch.empty(self.n_i, *fan_in_shape))
-        self.w_ei = nn.Parameter(torch.full((self.n_e, self.n_i), 1 / self.n_i))
+        self.w_ei = nn.Parameter(torch.empty(self.n_e, self.n_i))
         if not readout:
             self.g_i = nn.Parameter(torch.ones(self.n_i))
             self.g_e = nn.Parameter(torch.ones(self.n_e))
             self.b_e = nn.Parameter(torch.zeros(self.n_e))
         with torch.no_grad():
-            for w in (self.w_ee, self.w_ie):
+            for w in (self.w_ee, self.w_ie, self.w_ei):
                 nn.init.kaiming_normal_(w).abs_()
 
     def _synapses(self, x, w):

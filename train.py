@@ -5,6 +5,7 @@ One function a step: settings -> data and network -> epochs of training and test
 
 import argparse
 import math
+import re
 import sys
 import time
 from functools import partial
@@ -34,6 +35,10 @@ READ_EVERY = 20  # steps between two reads of loss and accuracy: on a GPU each r
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
+
     def error(self, message):
         self.exit(2, f"error: {message}\n")
 
@@ -308,7 +313,17 @@ def reopen(args, folder):
 
 
 def main(argv=None):
+    """The command line; returns the exit status. Bad input ends in one line and status 2."""
     args = parse(argv)
+    try:
+        return command(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def command(args):
+    """Evaluates, resumes or trains, as asked; returns the exit status."""
     if args.resume and args.eval:
         raise ValueError("--resume goes on with a training and --eval tests one: give one of them")
     device = pick_device(args.device)
@@ -344,7 +359,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    sys.exit(main())

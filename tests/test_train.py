@@ -1,0 +1,309 @@
+"""The command line, from start to end, on a folder of a few small images."""
+
+import csv
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from checkpoint import Run
+
+TRAIN = Path(train.__file__)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes, 24 training and 6 test images: bright in the upper or in the lower half."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, n in (("train", 12), ("test", 3)):
+        for name in ("lower", "upper"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8)
+                pixels[slice(0, 16) if name == "upper" else slice(16, 32)] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def options(images):
+    return ["--arch", "vgg8", "--data", "folder", "--data-root", str(images), "--batch-size", "4", "--T", "2"]
+
+
+def run_and_fail(capsys, *arguments):
+    """The one line on stderr with which the command ends, its exit status being 2."""
+    try:
+        status = train.main([str(a) for a in arguments])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2, out + err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
+def parameters(folder):
+    return Run(folder).load()["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_run_folder_and_what_is_printed(options, tmp_path, capsys):
+    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "r")]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "cpu",
+        "folder: 24 training",
+        "vgg8 ei",
+        "excitatory",
+        "inhibitory",
+        "parameters",
+        "batch_size=4",
+        "lr=0.002",
+    ):
+        assert word in out
+    assert "firing rates" in out and str(tmp_path / "r") in out.splitlines()[-1]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["lr"] == 0.002 and config["batch_size"] == 4 and config["warmup_epochs"] == pytest.approx(2 / 30)
+    with open(tmp_path / "r" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and "rate_5" in rows[0] and "rate_6" not in rows[0]
+    assert all(math.isfinite(float(v)) for row in rows for v in row.values())
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["outcome"] in ("converged", "failed to converge") and result["epochs"] == 2
+    assert result["test_accuracy"] == float(rows[1]["test_accuracy"])
+    assert (tmp_path / "r" / "best.pt").exists()
+    best = max(rows, key=lambda row: float(row["test_accuracy"]))
+    assert train.main(["--eval", str(tmp_path / "r")]) == 0
+    out = capsys.readouterr().out
+    assert f"test accuracy {float(best['test_accuracy']):.2%}, loss {float(best['test_loss']):.4f}" in out
+    assert out.count("firing rates") == 1
+
+
+@pytest.mark.parametrize("kind", ["bn", "plain"])
+def test_baselines_train(kind, options, tmp_path):
+    assert train.main([*options, "--model", kind, "--epochs", "1", "--out", str(tmp_path / "r")]) == 0
+
+
+def test_the_same_seed_gives_the_same_run(options, tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert train.main([*options, "--epochs", "1", "--seed", seed, "--out", str(tmp_path / name)]) == 0
+    a, b, c = (parameters(tmp_path / name) for name in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+def start(arguments, folder):
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *arguments, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_epoch(folder, epoch, process):
+    metrics = folder / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < epoch + 1:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    options = ["--data", "folder", "--data-root", str(images), "--batch-size", "4", "--T", "2", "--epochs", "4"]
+    assert train.main([*options, "--out", str(folder)]) == 0
+    return parameters(folder)
+
+
+@pytest.mark.parametrize(
+    "epoch, how", [(1, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGTERM), (2, signal.SIGINT)]
+)
+def test_killed_and_resumed_ends_bit_identical(epoch, how, options, undisturbed, tmp_path, capsys):
+    process = start([*options, "--epochs", "4"], tmp_path / "r")
+    wait_for_epoch(tmp_path / "r", epoch, process)
+    time.sleep(0.15)  # into the next epoch
+    process.send_signal(how)
+    status = process.wait()
+    assert status == (-how if how == signal.SIGKILL else 128 + how)
+    assert not (tmp_path / "r" / "result.json").exists()
+    step = Run(tmp_path / "r").load()["step"]
+    assert step >= epoch * 6
+    assert train.main(["--resume", str(tmp_path / "r")]) == 0
+    assert same(parameters(tmp_path / "r"), undisturbed)
+    assert (tmp_path / "r" / "metrics.csv").read_text().count("\n") == 5
+
+
+def test_resuming_a_finished_run_changes_nothing(options, tmp_path):
+    train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")])
+    before, result = parameters(tmp_path / "r"), (tmp_path / "r" / "result.json").read_text()
+    assert train.main(["--resume", str(tmp_path / "r")]) == 0
+    assert same(before, parameters(tmp_path / "r")) and result == (tmp_path / "r" / "result.json").read_text()
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, monkeypatch):
+    def poison(model, batch):
+        with torch.no_grad():
+            model.encoder.stages[2].circuit.b_e[0] = float("inf")
+
+    monkeypatch.setattr(train, "initialize", poison)
+    original = train.first_nonfinite
+    monkeypatch.setattr(train, "first_nonfinite", lambda *a: original(*a))
+    monkeypatch.setattr(train, "train_step", lambda *a: torch.tensor([float("nan"), 0.0]))
+    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "r")]) == 0
+    assert "encoder.stages.2.circuit" in capsys.readouterr().out
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["outcome"] == "failed to converge" and result["first_nonfinite_layer"] == "encoder.stages.2.circuit"
+
+
+def test_the_recipe_follows_data_arch_and_model():
+    def of(*arguments):
+        return train.settings(train.parse(arguments))
+
+    assert of()["arch"] == "vgg8" and of()["data"] == "digits" and of()["T"] == 4
+    cifar = of("--data", "cifar10")
+    assert (cifar["lr"], cifar["warmup_epochs"], cifar["epochs"], cifar["batch_size"]) == (0.002, 10, 300, 128)
+    deep = of("--data", "cifar100", "--arch", "vgg16")
+    assert (deep["lr"], deep["warmup_epochs"], deep["weight_decay"]) == (0.001, 30, 5e-4)
+    bn = of("--data", "cifar10", "--model", "bn")
+    assert (bn["lr"], bn["warmup_epochs"], bn["weight_decay"]) == (0.1, 0, 1e-4)
+    short = of("--data", "cifar10", "--epochs", "30")
+    assert short["warmup_epochs"] == pytest.approx(1)
+    assert of("--data", "cifar10", "--epochs", "30", "--warmup-epochs", "7", "--lr", "0.5")["warmup_epochs"] == 7
+
+
+def test_learning_rate_warms_up_and_anneals():
+    config = dict(lr=0.002, warmup_epochs=1, warmup_from=1e-7, epochs=5)
+    rates = [train.learning_rate(config, step, 100) for step in range(501)]
+    assert rates[0] == 1e-7 and rates[50] == pytest.approx(0.001, rel=1e-3) and rates[100] == 0.002
+    assert rates[300] == pytest.approx(0.001) and rates[500] == pytest.approx(0, abs=1e-12)
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_every_sample_is_drawn_once_an_epoch(options):
+    dataset = train.data.load("digits")
+    config = dict(seed=1, batch_size=32)
+    order = train.epoch_order(config, dataset, 0)
+    assert order.shape == (44, 32) and len(order.unique()) == 44 * 32
+    assert not torch.equal(order, train.epoch_order(config, dataset, 1))
+    assert torch.equal(order, train.epoch_order(config, dataset, 0))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--arch", "vgg9"], "vgg9"),
+        (["--data", "mnist"], "mnist"),
+        (["--model", "ln"], "ln"),
+        (["--T", "0"], "at least 1"),
+        (["--epochs", "0"], "at least 1"),
+        (["--epochs", "1.5"], "whole number"),
+        (["--batch-size", "-3"], "at least 1"),
+        (["--batch-size", "1438"], "larger than the training set of 1437"),
+        (["--lr", "0"], "positive number"),
+        (["--lr", "nan"], "positive number"),
+        (["--lr", "fast"], "positive number"),
+        (["--eps", "-1e-6"], "adaptive"),
+        (["--eps", "0"], "adaptive"),
+        (["--eps", "small"], "adaptive"),
+        (["--device", "abacus"], "abacus"),
+        (["--image-size", "16"], "too small"),
+        (["--seed", "-1"], "at least 0"),
+        (["--frobnicate"], "frobnicate"),
+        (["--data", "folder", "--data-root", "/nowhere/at/all"], "no folder"),
+        (["--resume", "/nowhere/at/all"], "not a run folder"),
+        (["--eval", "/nowhere/at/all"], "not a run folder"),
+        (["--resume", "a", "--eval", "b"], "one of them"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in run_and_fail(capsys, *arguments)
+    assert not list(tmp_path.iterdir())  # and leaves nothing behind
+
+
+def test_an_unwritable_out(options, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot make the run folder" in run_and_fail(capsys, *options, "--out", tmp_path / "file" / "r")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_damages_nothing(options, tmp_path, capsys, monkeypatch):
+    assert train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")]) == 0
+    before = {f.name: f.read_bytes() for f in (tmp_path / "r").iterdir()}
+    limited = "import resource, signal, sys, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(train.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *options, "--epochs", "1", "--out", str(tmp_path / "full")],
+        cwd=TRAIN.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / "r").iterdir()}
+
+
+def test_a_silent_first_batch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.data, "augment", lambda x, generator: x)  # cutout puts noise where nothing is
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("L", (32, 32)).save(tmp_path / split / name / f"{i}.png")
+    err = run_and_fail(
+        capsys, "--data", "folder", "--data-root", tmp_path, "--batch-size", "4", "--out", tmp_path / "r"
+    )
+    assert "encoder.stages.0.circuit" in err and "silent" in err
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    options = ["--data", "folder", "--data-root", str(images), "--batch-size", "4", "--T", "2", "--epochs", "1"]
+    assert train.main([*options, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name, option", [("checkpoint.pt", "--resume"), ("best.pt", "--eval")])
+def test_foreign_and_damaged_checkpoints(name, option, finished, tmp_path, capsys):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    config = (finished / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(config)
+    assert f"has no {name}" in run_and_fail(capsys, option, folder)
+    intact = (finished / name).read_bytes()
+    (folder / name).write_bytes(intact[: len(intact) // 2])
+    assert "damaged" in run_and_fail(capsys, option, folder)
+    (folder / name).write_bytes(intact)
+    (folder / "config.json").write_bytes(config.replace(b"vgg8", b"vgg11"))
+    assert "belongs to another network" in run_and_fail(capsys, option, folder)
+    (folder / "config.json").write_bytes(config)
+    assert "was made with arch=vgg8, not vgg16" in run_and_fail(capsys, option, folder, "--arch", "vgg16")
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    assert "damaged or not a checkpoint" in run_and_fail(capsys, option, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_as_a_program_it_prints_one_line_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, TRAIN, "--data", "cifar10", "--data-root", "/dev/null/x"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
