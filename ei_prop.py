@@ -12,9 +12,11 @@
 import torch
 
 
-def _smallest_positive(i_div):
-    """For each sample the smallest positive value of i_div, (N, 1, ...); inf for a sample that has none."""
-    return torch.where(i_div > 0, i_div, torch.inf).amin(tuple(range(1, i_div.dim())), keepdim=True)
+def _replaced(i_div):
+    """i_div with each 0 replaced by the smallest positive value of its sample; inf where a sample has none."""
+    positive = i_div > 0
+    lent = torch.where(positive, i_div, torch.inf).amin(tuple(range(1, i_div.dim())), keepdim=True)
+    return torch.where(positive, i_div, lent)
 
 
 def stabilize(i_div, eps="adaptive", ste=True):
@@ -32,11 +34,30 @@ def stabilize(i_div, eps="adaptive", ste=True):
     """
     if eps != "adaptive":
         return i_div + eps
-    lent = _smallest_positive(i_div.detach() if ste else i_div)
-    lent = torch.where(lent.isinf(), 1.0, lent)
-    if ste:
-        return i_div + torch.where(i_div > 0, 0.0, lent - i_div).detach()
-    return torch.where(i_div > 0, i_div, lent)
+    if not ste:
+        divisor = _replaced(i_div)
+        return torch.where(divisor.isinf(), 1.0, divisor)
+    divisor = _replaced(i_div.detach())
+    return i_div + (torch.where(divisor.isinf(), 1.0, divisor) - i_div).detach()
+
+
+class _DivideSTE(torch.autograd.Function):
+    """q = current / divisor, where the divisor stands for I_div also backward: dL/dcurrent = g / divisor and
+    dL/dI_div = -q g / divisor, written out for their memory traffic."""
+
+    @staticmethod
+    def forward(ctx, current, i_div, eps):
+        divisor = _replaced(i_div) if eps == "adaptive" else i_div + eps
+        quotient = current / divisor
+        ctx.save_for_backward(divisor, quotient)
+        return quotient
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        divisor, quotient = ctx.saved_tensors
+        grad = grad / divisor
+        return grad, torch.mul(grad, quotient).neg_(), None
 
 
 def divide(current, i_div, eps="adaptive", ste=True):
@@ -47,13 +68,12 @@ def divide(current, i_div, eps="adaptive", ste=True):
         i_div, eps, ste: as for `stabilize`.
 
     Returns:
-        (N, ...), finite.
+        (N, ...), finite. In a sample in which nothing inhibits the divisor is infinite, so that the quotient and both
+        gradients are 0.
     """
-    quotient = current / stabilize(i_div, eps, ste)
-    if eps != "adaptive":
-        return quotient
-    silent = (i_div <= 0).flatten(1).all(1).view(-1, *[1] * (i_div.dim() - 1))
-    return torch.where(silent, 0.0, quotient)
+    if ste or eps != "adaptive":
+        return _DivideSTE.apply(current, i_div, eps)
+    return current / _replaced(i_div)
 
 
 class _ScaleGradient(torch.autograd.Function):

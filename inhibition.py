@@ -96,11 +96,11 @@ class EICircuit(nn.Module):
         w_balanced = self.w_ee - (w_ei @ self.w_ie.flatten(1)).view_as(self.w_ee)
         if self.readout:
             return self._synapses(x, w_balanced)
+        w_balanced = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w_balanced  # g_E scales what the division scales
         # One pass over x serves both populations.
         balanced, i_ie = self._synapses(x, torch.cat([w_balanced, self.w_ie])).split([self.n_e, self.n_i], 1)
         i_div = self._local(i_ie, w_ei * self.g_i)  # g_I goes with the synapse instead of the activity
-        g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.g_e, self.b_e))
-        return torch.addcmul(b_e, g_e, divide(balanced, i_div, self.eps, self.ste))
+        return divide(balanced, i_div, self.eps, self.ste) + self.b_e.view(-1, *[1] * (x.dim() - 2))
 
     def extra_repr(self):
         return f"fan_in={self.fan_in}, n_e={self.n_e}, n_i={self.n_i}" + ", readout" * self.readout
