@@ -80,9 +80,7 @@ def parse(argv=None):
     p.add_argument("--T", type=count, help="time steps (4)")
     p.add_argument("--eps", type=epsilon, help="'adaptive', or a constant added to I_div (adaptive)")
     p.add_argument("--no-ste", dest="ste", action="store_const", const=False, help="no straight-through estimator")
-    p.add_argument(
-        "--no-grad-scaling", dest="grad_scaling", action="store_const", const=False, help="gradient of W_EI not scaled"
-    )
+    p.add_argument("--no-grad-scaling", dest="grad_scaling", action="store_const", const=False, help="W_EI's, by 1/d")
     p.add_argument("--init", choices=["ei", "kaiming"], help="E-I Init, or absolute values of Kaiming's (ei)")
     p.add_argument("--seed", type=whole, help="0")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
@@ -120,17 +118,8 @@ def make(config, device):
     """The dataset and the network of a configuration, on the device; the network is not initialised yet."""
     dataset = data.load(config["data"], config["data_root"], config["image_size"], device)
     torch.manual_seed(config["seed"])
-    model = build(
-        config["arch"],
-        dataset.in_channels,
-        dataset.n_classes,
-        config["T"],
-        config["model"],
-        image_size=config["image_size"],
-        eps=config["eps"],
-        ste=config["ste"],
-        grad_scaling=config["grad_scaling"],
-    )
+    options = {k: config[k] for k in ("T", "image_size", "eps", "ste", "grad_scaling")}
+    model = build(config["arch"], dataset.in_channels, dataset.n_classes, kind=config["model"], **options)
     return dataset, model.to(device)
 
 
@@ -216,14 +205,9 @@ def train(run, config, dataset, model, device, resumed=None):
         while step < config["epochs"] * per_epoch and not broken:
             epoch, start = step // per_epoch, time.perf_counter()
             batches = epoch_order(config, dataset, epoch)
-            bar = tqdm(
-                total=per_epoch,
-                initial=step % per_epoch,
-                desc=f"epoch {epoch + 1}/{config['epochs']}",
-                leave=False,
-                disable=None,
-            )
-            for i in range(step % per_epoch, per_epoch):
+            first, name = step % per_epoch, f"epoch {epoch + 1}/{config['epochs']}"
+            bar = tqdm(total=per_epoch, initial=first, desc=name, leave=False, disable=None)
+            for i in range(first, per_epoch):
                 x, y = training_batch(config, dataset, batches[i], step)
                 sums += train_step(model, optimizer, x, y, learning_rate(config, step, per_epoch))
                 step += 1
@@ -278,7 +262,7 @@ def finish(run, config, dataset, history, broken):
     run.write_result(result)
     last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
     print(f"{result['outcome']}{last}, {sum(row['seconds'] for row in history):.0f} s of training")
-    print(f"run folder: {run.folder}   its results again: python train.py --eval {run.folder}")
+    print(f"run folder: {run.folder}   its figures: python visualize.py all {run.folder}")
 
 
 def header(config, dataset, model, device):
@@ -287,16 +271,12 @@ def header(config, dataset, model, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     size = f"{dataset.in_channels}x{config['image_size']}x{config['image_size']}"
     print(f"device    {device} ({name})")
-    print(
-        f"data      {config['data']}: {len(dataset.train_y):,} training, {len(dataset.test_y):,} test images of {size}"
-    )
+    n_train, n_test, n_weights = len(dataset.train_y), len(dataset.test_y), sum(p.numel() for p in model.parameters())
+    print(f"data      {config['data']}: {n_train:,} training, {n_test:,} test images of {size}")
     print(f"network   {config['arch']} {config['model']}: {n_e:,} excitatory and {n_i:,} inhibitory neurons, ", end="")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print(
-        "settings ",
-        " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()),
-        flush=True,
-    )
+    print(f"{n_weights:,} parameters")
+    values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
+    print("settings ", " ".join(values), flush=True)
 
 
 def reopen(args, folder):
@@ -343,11 +323,9 @@ def command(args):
     else:
         config = settings(args)
     dataset, model = make(config, device)
-    if config["batch_size"] > len(dataset.train_y):
-        n = len(dataset.train_y)
-        raise ValueError(
-            f"a batch of {config['batch_size']} is larger than the training set of {n}: --batch-size {n} or less"
-        )
+    size, n = config["batch_size"], len(dataset.train_y)
+    if size > n:
+        raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
     if not args.resume:
         run = Run.create(args.out or free_folder(run_name(config)), config)
     header(config, dataset, model, device)
