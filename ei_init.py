@@ -50,7 +50,8 @@ def ei_init(circuit, x):
 def initialize(model, batch):
     """E-I Init of a whole network: layer by layer in forward order, each seeing what those before it now send.
 
-    An explicit call, once, before training; never after loading a checkpoint. A network without circuits is left as is.
+    An explicit call, once, before training; never after loading a checkpoint. A network without circuits is left as is,
+    and so is DANN, which draws its weights without a batch.
 
     Args:
         model: a network of `model.build`.
@@ -59,7 +60,7 @@ def initialize(model, batch):
     Raises:
         ValueError: names the layer that cannot be initialised.
     """
-    names = {m: name for name, m in model.named_modules() if isinstance(m, EICircuit)}
+    names = {m: name for name, m in model.named_modules() if isinstance(m, EICircuit) and m.needs_batch}
     if not names:
         return
 

@@ -44,6 +44,8 @@ class EICircuit(nn.Module):
         ValueError: for a size below 1.
     """
 
+    needs_batch = True  # its initialisation (`ei_init`) measures the first training batch
+
     def __init__(self, in_features, n_e, ei_ratio=4, readout=False, eps="adaptive", ste=True, grad_scaling=True):
         self._setup((in_features,), n_e, ei_ratio, readout, eps, ste, grad_scaling)
 
@@ -73,33 +75,38 @@ class EICircuit(nn.Module):
         """Lateral connections w (n_E, n_I), which act at each position alone."""
         return F.linear(s, w)
 
+    def _inhibition(self):
+        """W_IE, W_EI and g_I (None in a readout), with what E-I Prop does to their gradients."""
+        w_ei = scale_gradient(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
+        return self.w_ie, w_ei, None if self.readout else self.g_i
+
     def currents(self, x):
         """Every current of the circuit, line by line as in the paper: a dict of I_EE, I_IE, I_sub, I_div and I_int.
 
         `forward` computes the same I_int with fewer operations.
         """
-        w_ei = scale_gradient(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
+        w_ie, w_ei, g_i = self._inhibition()
         i_ee = self._synapses(x, self.w_ee)
-        i_ie = self._synapses(x, self.w_ie)
+        i_ie = self._synapses(x, w_ie)
         i_sub = self._local(i_ie, w_ei)
         if self.readout:
             return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_int=i_ee - i_sub)
-        g_i, g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.g_i, self.g_e, self.b_e))
+        g_i, g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (g_i, self.g_e, self.b_e))
         i_div = self._local(g_i * i_ie, w_ei)
         i_int = g_e * divide(i_ee - i_sub, i_div, self.eps, self.ste) + b_e
         return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_div=i_div, i_int=i_int)
 
     def forward(self, x):
         """x, (N, in) or (N, in, H, W), non-negative -> I_int, (N, n_E) or (N, n_E, H', W')."""
-        w_ei = scale_gradient(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
+        w_ie, w_ei, g_i = self._inhibition()
         # I_EE - I_sub = (W_EE - W_EI W_IE) * x: as s_I is linear in x, both are one kernel with a sign. Exact.
-        w_balanced = self.w_ee - (w_ei @ self.w_ie.flatten(1)).view_as(self.w_ee)
+        w_balanced = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)
         if self.readout:
             return self._synapses(x, w_balanced)
         w_balanced = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w_balanced  # g_E scales what the division scales
         # One pass over x serves both populations.
-        balanced, i_ie = self._synapses(x, torch.cat([w_balanced, self.w_ie])).split([self.n_e, self.n_i], 1)
-        i_div = self._local(i_ie, w_ei * self.g_i)  # g_I goes with the synapse instead of the activity
+        balanced, i_ie = self._synapses(x, torch.cat([w_balanced, w_ie])).split([self.n_e, self.n_i], 1)
+        i_div = self._local(i_ie, w_ei * g_i)  # g_I goes with the synapse instead of the activity
         return divide(balanced, i_div, self.eps, self.ste) + self.b_e.view(-1, *[1] * (x.dim() - 2))
 
     def extra_repr(self):
@@ -153,5 +160,5 @@ def clamp_dale(model):
     for circuit in model.modules():
         if isinstance(circuit, EICircuit):
             for name, p in circuit.named_parameters(recurse=False):
-                if name != "b_e":
+                if name not in ("b_e", "alpha"):  # alpha: the logarithm of DANN's gain
                     p.clamp_(min=0)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from baselines import bn_conv, plain_conv
+from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 
@@ -22,23 +22,23 @@ PLANS = {
     "vgg19": [64, 64, "P", 128, 128, "P", *[256] * 4, "P", *[512] * 4, "P", *[512] * 4, "P"],
 }
 ARCHS = [*PLANS, "resnet18"]
-KINDS = ["ei", "bn", "plain"]
+KINDS = ["ei", "bn", "plain", "dann"]
 
 
 class Layer(nn.Module):
-    """A circuit (or what is compared with it) and its LIF neurons.
+    """A circuit (or what is compared with it) and its neurons: LIF, or in DANN rectifiers without memory.
 
     Presynaptic activity (T B, C, H, W), or (B, C, H, W) that is the same at every step, -> spikes (T B, n_E, H', W').
     """
 
-    def __init__(self, circuit):
+    def __init__(self, circuit, neuron):
         super().__init__()
-        self.circuit, self.lif = circuit, LIF()
+        self.circuit, self.neuron = circuit, neuron
 
     def forward(self, x, T, static=False):
         current = self.circuit(x)
         current = current.expand(T, *current.shape) if static else current.unflatten(0, (T, -1))
-        return self.lif(current).flatten(0, 1)
+        return self.neuron(current).flatten(0, 1)
 
 
 class VGG(nn.Module):
@@ -124,9 +124,7 @@ class Network(nn.Module):
             raise ValueError(f"the network runs for T={self.T} time steps, but the data have {x.shape[1]} frames")
         if frames:
             x = x.transpose(0, 1).flatten(0, 1)
-        x = x.contiguous(
-            memory_format=torch.channels_last
-        )  # convolutions are fastest so, and all that follows keeps it
+        x = x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions; what follows keeps it
         features = self.encoder(x, self.T, static=not frames)
         return self.readout(features).unflatten(0, (self.T, -1)).mean(0)
 
@@ -149,7 +147,8 @@ def build(
     Args:
         arch: one of `ARCHS`: "vgg8", "vgg11", "vgg16", "vgg19", "resnet18".
         in_channels, n_classes, T: sizes, at least 1. T is the number of time steps.
-        kind: "ei" (the paper's), "bn" (BN-SNN) or "plain" (nothing in place of normalization), see `baselines.py`.
+        kind: "ei" (the paper's), "bn" (BN-SNN), "plain" (nothing in place of normalization) or "dann" (E-I circuits
+            without spikes), see `baselines.py`.
         image_size: side of the square images, at least 32 for the plans of the paper.
         plan: replaces a VGG's list of layers, e.g. [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"].
         ei_ratio, eps, ste, grad_scaling: of every circuit, see `EICircuit`; only `kind="ei"` has circuits.
@@ -170,10 +169,11 @@ def build(
     if plan is None and image_size < 32:
         raise ValueError(f"images of {image_size}x{image_size} pixels are too small: {arch} needs 32x32 or more")
     options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling)
-    conv = {"ei": partial(EICircuit2d, **options), "bn": bn_conv, "plain": plain_conv}[kind]
+    conv = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)[kind]
+    options = options if kind == "ei" else dict(ei_ratio=ei_ratio) if kind == "dann" else {}
 
     def layer(*args, **kwargs):
-        return Layer(conv(*args, **kwargs))
+        return Layer(conv(*args, **kwargs, **options), nn.ReLU() if kind == "dann" else LIF())
 
     if arch == "resnet18":
         if plan is not None:
@@ -181,8 +181,9 @@ def build(
         encoder = ResNet18(in_channels, layer)
     else:
         encoder = VGG(plan or PLANS[arch], in_channels, image_size, layer)
-    if kind == "ei":
-        readout = EICircuit(encoder.n_features, n_classes, readout=True, **options)
+    if kind in ("ei", "dann"):
+        circuit = EICircuit if kind == "ei" else DANNCircuit
+        readout = circuit(encoder.n_features, n_classes, readout=True, **options)
     else:
         readout = nn.Linear(encoder.n_features, n_classes)
     return Network(encoder, readout, T, in_channels, image_size)

@@ -29,7 +29,11 @@ RECIPES = {  # what differs, by (data, arch); "cifar" stands for cifar10, cifar1
     ("digits", "vgg11"): dict(lr=0.002, epochs=6, batch_size=32, warmup_epochs=0.2),
     ("digits", None): dict(lr=0.001, epochs=12, batch_size=32, warmup_epochs=1.2),
 }
-BY_MODEL = {"bn": dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4), "plain": dict(lr=0.1, warmup_epochs=0)}
+BY_MODEL = {
+    "bn": dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4),
+    "plain": dict(lr=0.1, warmup_epochs=0),
+    "dann": dict(lr=0.1, T=1),  # no spikes, no time
+}
 MOMENTUM = 0.9
 READ_EVERY = 20  # steps between two reads of loss and accuracy: on a GPU each read waits for it
 
@@ -68,7 +72,7 @@ def parse(argv=None):
     """The command line. What is not given is None; `settings` fills it in from the recipe."""
     p = Parser(description="Train a spiking network with lateral inhibition.", allow_abbrev=False)
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
-    p.add_argument("--model", choices=KINDS, help="ei: the paper's; bn: batch normalization; plain: neither (ei)")
+    p.add_argument("--model", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
     p.add_argument("--data", choices=data.DATASETS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     p.add_argument("--image-size", type=count, help="side of the images in pixels (32)")

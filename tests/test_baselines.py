@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+
+from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
+from ei_init import initialize
+from inhibition import clamp_dale
+from model import build, circuits
+
+
+def rectified(*shape):
+    """What a layer of rectifiers sends on when its pre-activation is normalized."""
+    return torch.randn(*shape).relu()
+
+
+@torch.no_grad()
+def test_dann_starts_centred_and_scaled():
+    # Its constants give I_EE the variance 1, and divide by 1. What is left after the subtraction has the part
+    # E[x^2] / (E[x^2] + Var[x]) of it: the part that I_EE and I_sub share, the summed input, is gone.
+    z = torch.stack([DANNCircuit(500, 400)(rectified(50, 500)) for _ in range(30)])
+    assert abs(z.mean().item()) < 0.05
+    assert z.var().item() == pytest.approx(math.pi / (2 * math.pi - 1), abs=0.05)
+
+
+@torch.no_grad()
+def test_dann_divides_by_the_standard_deviation_of_the_excitation():
+    circuit, x = DANNCircuit(2000, 400), rectified(200, 2000)
+    currents = circuit.currents(x)
+    assert currents["i_div"].mean().item() == pytest.approx(1, abs=0.05)
+    assert currents["i_ee"].std().item() == pytest.approx(1, abs=0.1)
+    assert torch.equal(circuit.w_ei, torch.full((400, 100), 1 / 100))
+
+
+def test_dann_computes_cornford_s_equation_with_corrected_gradients():
+    circuit, x = DANNCircuit2d(6, 8, 3, padding=1), rectified(5, 6, 4, 4)
+    circuit(x).square().sum().backward()
+    w_ee, w_ie, w_ei, alpha, g_e, b_e = (
+        p.detach().clone().requires_grad_()
+        for p in (circuit.w_ee, circuit.w_ie, circuit.w_ei, circuit.alpha, circuit.g_e, circuit.b_e)
+    )
+    conv = torch.nn.functional.conv2d
+    s_i = conv(x, w_ie, padding=1)
+    subtracted = conv(x, w_ee, padding=1) - conv(s_i, w_ei[:, :, None, None])
+    divisor = conv(alpha.exp().view(-1, 1, 1) * s_i, w_ei[:, :, None, None]) + 1e-8
+    z = g_e.view(-1, 1, 1) * subtracted / divisor + b_e.view(-1, 1, 1)
+    torch.testing.assert_close(circuit(x), z, rtol=1e-4, atol=1e-5)
+    z.square().sum().backward()
+    d, n_e = 6 * 9, 8
+    factors = dict(w_ee=1, w_ie=1 / math.sqrt(n_e), w_ei=1 / d, alpha=1 / (d * math.sqrt(n_e)), g_e=1, b_e=1)
+    for (name, factor), plain in zip(factors.items(), (w_ee, w_ie, w_ei, alpha, g_e, b_e), strict=True):
+        torch.testing.assert_close(getattr(circuit, name).grad, factor * plain.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["vgg8", "vgg11", "vgg16", "vgg19"])
+def test_dann_keeps_dale_s_law_and_leaves_alpha_free(arch):
+    model = build(arch, in_channels=1, T=1, kind="dann", plan=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [c.alpha.detach().clone() for c in circuits(model)[:-1]]
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(model(torch.rand(4, 1, 32, 32)), torch.arange(4)).backward()
+        optimizer.step()
+        clamp_dale(model)
+    for circuit in circuits(model):
+        assert all((getattr(circuit, name) >= 0).all() for name in ("w_ee", "w_ie", "w_ei"))
+    assert any((c.alpha < b).any() for c, b in zip(circuits(model), before, strict=False))  # negative steps survive
+
+
+def test_dann_is_not_touched_by_ei_init_and_has_no_spikes():
+    model = build("vgg8", in_channels=1, T=3, kind="dann")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.rand(4, 1, 32, 32)
+    initialize(model, x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    once = build("vgg8", in_channels=1, T=1, kind="dann")
+    once.load_state_dict(model.state_dict())
+    torch.testing.assert_close(once(x), model(x), rtol=1e-4, atol=1e-4)  # nothing depends on time
+
+
+def test_bn_normalizes_over_time_samples_and_positions():
+    z = bn_conv(3, 8, 3, padding=1)(torch.rand(16, 3, 8, 8) * 5)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-5 and (z.std((0, 2, 3)) - 1).abs().max() < 0.01
+
+
+def test_plain_is_a_convolution_with_kaiming_s_weights():
+    layer = plain_conv(64, 128, 3, padding=1)
+    assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
+    assert not layer.bias.any()
