@@ -4,6 +4,8 @@
     checkpoint.pt   the whole state of the training; all below but best.pt can be written again from it
     best.pt         parameters of the epoch with the best test accuracy
     metrics.csv     a line an epoch
+    histograms.json counts of I_int and of the membrane potential by layer (`model.histograms`), before the training
+                    and after each epoch
     result.json     the outcome, when the run has ended
 
 Every file is written under another name, brought to the disk and then renamed, so that at any moment each is either the
@@ -21,7 +23,14 @@ from pathlib import Path
 
 import torch
 
-STATE = {"model": dict, "optimizer": dict, "step": int, "epoch_sums": list, "history": list}  # of checkpoint.pt
+STATE = {
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "epoch_sums": list,
+    "history": list,
+    "histograms": list,
+}  # of checkpoint.pt
 BEST = {"model": dict, "epoch": int, "accuracy": float}  # of best.pt
 
 
@@ -69,9 +78,10 @@ class Run:
 
     @classmethod
     def create(cls, folder, config):
-        """A new folder that holds `config`. One that already holds a run is refused."""
+        """A new folder that holds `config`. One that already holds a run is refused, unless it was stopped before it
+        saved anything and had the same settings."""
         folder = Path(folder)
-        if (folder / "config.json").exists():
+        if (folder / "checkpoint.pt").exists() or ((folder / "config.json").exists() and cls(folder).config != config):
             raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +91,9 @@ class Run:
         return cls(folder)
 
     def save(self, state):
-        """Writes checkpoint.pt, then metrics.csv from the history in it."""
+        """Writes checkpoint.pt, then metrics.csv and histograms.json from the history in it."""
         self._save("checkpoint.pt", state)
-        self.write_metrics(state["history"])
+        self.write_history(state)
 
     def save_best(self, state):
         """Writes best.pt."""
@@ -116,14 +126,15 @@ class Run:
                 raise ValueError(f"{path} is not a checkpoint of this project: it has no {key!r}")
         return state
 
-    def write_metrics(self, history):
-        """Writes metrics.csv: a header, and a line for each epoch's dict in `history`."""
-        text = io.StringIO()
+    def write_history(self, state):
+        """Writes metrics.csv, a header and a line for each epoch's dict in the history, and histograms.json."""
+        history, text = state["history"], io.StringIO()
         if history:
             writer = csv.DictWriter(text, history[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(history)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        write_atomically(self.folder / "histograms.json", json.dumps(state["histograms"]).encode() + b"\n")
 
     def write_result(self, result):
         """Writes result.json."""

@@ -77,6 +77,17 @@ def lif(current, tau=2.0, threshold=1.0):
     return _LIF.apply(current, tau, threshold)
 
 
+@torch.no_grad()
+def membrane_potential(current, tau=2.0, threshold=1.0):
+    """u of the neurons that `lif` simulates, before the reset, (T, ...): the recursion line by line, for looking at."""
+    u = torch.empty(current.shape, dtype=current.dtype, device=current.device)
+    before_reset = spike = torch.zeros_like(current[0])
+    for t in range(current.shape[0]):
+        u[t] = before_reset = (1 - 1 / tau) * (before_reset - threshold * spike) + current[t]
+        spike = (before_reset >= threshold).to(u.dtype)
+    return u
+
+
 class LIF(nn.Module):
     """`lif` as a layer: (T, ...) -> (T, ...). It has no parameters and keeps no state between calls."""
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
 from inhibition import EICircuit, EICircuit2d
-from lif import LIF
+from lif import LIF, membrane_potential
 
 # 3x3 convolutions; "P" is 2x2 average pooling; each number is a circuit of so many excitatory maps and its LIF.
 PLANS = {
@@ -221,6 +221,47 @@ def population(model):
         if isinstance(circuit, EICircuit):
             n_i += circuit.n_i * torch.Size(positions).numel()
     return n_e, n_i
+
+
+@torch.no_grad()
+def observe(model, x, see):
+    """Runs the network on x, as in testing, and calls see(i, current, u, spikes) for each spiking layer i.
+
+    current: I_int, u: membrane potential before the reset (DANN, which has no membrane: its current again), spikes:
+    each (T, B, n_E, H', W'). Nothing of the network changes, and without this call nothing is recorded.
+    """
+
+    def hook(neuron, args, spikes, i):
+        u = membrane_potential(args[0], neuron.tau, neuron.threshold) if isinstance(neuron, LIF) else args[0]
+        see(i, args[0], u, spikes)
+
+    hooks = [m.neuron.register_forward_hook(partial(hook, i=i)) for i, m in enumerate(layers(model))]
+    training = model.training
+    try:
+        model.eval()(x)
+    finally:
+        model.train(training)
+        for h in hooks:
+            h.remove()
+
+
+BINS = dict(low=-6.0, high=6.0, n=120)  # of the histograms below, in units of the threshold
+
+
+def histograms(model, x):
+    """How I_int and the membrane potential of each layer are distributed on x: a list of dicts of `BINS["n"]` counts.
+
+    What lies outside is counted in the outermost bins, what is not finite nowhere.
+    """
+    found = []
+
+    def count(values):
+        low, high, n = BINS.values()
+        inside = values[values.isfinite()].clamp(low, high)
+        return torch.histc(inside, n, low, high).long().tolist()
+
+    observe(model, x, lambda i, current, u, spikes: found.append(dict(i_int=count(current), u=count(u))))
+    return found
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ import data
 from checkpoint import Run, StopRequest, free_folder, outcome, restore, run_name
 from ei_init import initialize
 from inhibition import clamp_dale
-from model import ARCHS, KINDS, build, first_nonfinite, layers, population
+from model import ARCHS, KINDS, build, first_nonfinite, histograms, layers, population
 
 # The paper's recipes: SGD, momentum 0.9, cosine to 0 by iteration after a linear warm-up from `warmup_from`.
 RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, warmup_epochs=30, warmup_from=1e-7, T=4)
@@ -33,6 +34,13 @@ BY_MODEL = {
     "bn": dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4),
     "plain": dict(lr=0.1, warmup_epochs=0),
     "dann": dict(lr=0.1, T=1),  # no spikes, no time
+}
+SUITES = {  # options of each run: what the paper's figures compare (VGG-8 unless --arch)
+    "paper": [
+        *[["--model", kind] for kind in ("ei", "bn", "plain", "dann")],
+        *[["--eps", eps] for eps in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4")],
+        *[["--no-ste"], ["--no-grad-scaling"], ["--init", "kaiming"]],
+    ]
 }
 MOMENTUM = 0.9
 READ_EVERY = 20  # steps between two reads of loss and accuracy: on a GPU each read waits for it
@@ -89,6 +97,9 @@ def parse(argv=None):
     p.add_argument("--seed", type=whole, help="0")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
     p.add_argument("--out", help="run folder (runs/<data>-<arch>-<model>-...)")
+    p.add_argument(
+        "--suite", choices=SUITES, help="train all that the paper's figures need, into the folder --out (runs)"
+    )
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
     return p.parse_args(argv)
@@ -96,7 +107,9 @@ def parse(argv=None):
 
 def settings(args):
     """Every setting of a run: given, else from the recipe for data, arch and model."""
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("resume", "eval", "out", "device")}
+    given = {
+        k: v for k, v in vars(args).items() if v is not None and k not in ("resume", "eval", "out", "device", "suite")
+    }
     config = dict(arch="vgg8", model="ei", data="digits", data_root="./data", image_size=32)
     config.update(eps="adaptive", ste=True, grad_scaling=True, init="ei", seed=0)
     config.update({k: given[k] for k in config if k in given})
@@ -141,6 +154,12 @@ def training_batch(config, dataset, indices, step):
     if dataset.augmented:
         x = data.augment(x, torch.Generator(x.device).manual_seed((config["seed"] << 32) + step))
     return x, dataset.train_y[indices]
+
+
+def prepare(config, dataset, model):
+    """E-I Init from the first training batch, once, before the first step; a control keeps its Kaiming weights."""
+    if config["init"] == "ei":
+        initialize(model, training_batch(config, dataset, epoch_order(config, dataset, 0)[0], 0)[0])
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -189,19 +208,21 @@ def train(run, config, dataset, model, device, resumed=None):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config["lr"], momentum=MOMENTUM, weight_decay=config["weight_decay"], fused=True
     )
-    step, sums, history = 0, torch.zeros(2, device=device), []
+    step, sums, history, recorded = 0, torch.zeros(2, device=device), [], []
+    sample = data.to_input(dataset.test_x[:: -(-len(dataset.test_x) // 64)])  # for the histograms: of every class
     if resumed:
         restore(model, resumed["model"], run.folder / "checkpoint.pt")
         restore(optimizer, resumed["optimizer"], run.folder / "checkpoint.pt")
-        step, history = resumed["step"], resumed["history"]
+        step, history, recorded = resumed["step"], resumed["history"], resumed["histograms"]
         sums = torch.tensor(resumed["epoch_sums"], device=device)
-        run.write_metrics(history)
-    elif config["init"] == "ei":
-        initialize(model, training_batch(config, dataset, epoch_order(config, dataset, 0)[0], 0)[0])
+        run.write_history(resumed)
+    else:
+        prepare(config, dataset, model)
+        recorded.append(histograms(model, sample))
 
     def save():
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-        run.save(state | dict(epoch_sums=sums.tolist(), history=history))
+        run.save(state | dict(epoch_sums=sums.tolist(), history=history, histograms=recorded))
 
     per_epoch = len(dataset.train_y) // config["batch_size"]
     broken = None
@@ -238,6 +259,7 @@ def train(run, config, dataset, model, device, resumed=None):
             row |= {f"rate_{i + 1}": round(r, 5) for i, r in enumerate(rates)}
             best = max((r["test_accuracy"] for r in history), default=-1)
             history.append(row)
+            recorded.append(histograms(model, sample))
             if accuracy > best:
                 run.save_best(dict(model=model.state_dict(), epoch=epoch + 1, accuracy=accuracy))
             sums.zero_()
@@ -308,9 +330,11 @@ def main(argv=None):
 
 def command(args):
     """Evaluates, resumes or trains, as asked; returns the exit status."""
-    if args.resume and args.eval:
-        raise ValueError("--resume goes on with a training and --eval tests one: give one of them")
+    if sum(map(bool, (args.resume, args.eval, args.suite))) > 1:
+        raise ValueError("--resume goes on with a training, --eval tests one, --suite trains many: give one of them")
     device = pick_device(args.device)
+    if args.suite:
+        return suite(args, device)
     if args.eval:
         run, config = reopen(args, args.eval)
         state = run.load("best.pt")
@@ -320,23 +344,46 @@ def command(args):
         print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}")
         print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))
         return 0
-    state = None
     if args.resume:
         run, config = reopen(args, args.resume)
-        state = run.load()
-    else:
-        config = settings(args)
+        return work(config, device, run)
+    config = settings(args)
+    return work(config, device, folder=args.out or free_folder(run_name(config)))
+
+
+def work(config, device, run=None, folder=None):
+    """Trains in a new folder, or goes on in a run's; returns the exit status."""
+    state = run.load() if run else None
     dataset, model = make(config, device)
     size, n = config["batch_size"], len(dataset.train_y)
     if size > n:
         raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
-    if not args.resume:
-        run = Run.create(args.out or free_folder(run_name(config)), config)
+    run = run or Run.create(folder, config)
     header(config, dataset, model, device)
     stopped = train(run, config, dataset, model, device, state)
     if stopped:
         print(f"stopped and saved; go on with: python train.py --resume {run.folder}")
         return 128 + stopped
+    return 0
+
+
+def suite(args, device):
+    """Trains every run of a suite that is not finished yet, each where it was; returns the exit status."""
+    runs = SUITES[args.suite]
+    for i, options in enumerate(runs):
+        variant = parse(options)
+        each = argparse.Namespace(**{k: v if v is not None else getattr(args, k) for k, v in vars(variant).items()})
+        config = settings(each)
+        folder = Path(args.out or "runs") / Path(run_name(config)).name
+        print(f"\nrun {i + 1} of {len(runs)}: {' '.join(options)}")
+        run = reopen(each, folder)[0] if (folder / "checkpoint.pt").exists() else None
+        if run and (folder / "result.json").exists():
+            print(f"finished before, in {folder}")
+        elif status := work(config, device, run, folder):
+            return status
+    print(
+        f"\nall {len(runs)} runs are in {args.out or 'runs'}   their figures: python visualize.py all {args.out or ''}"
+    )
     return 0
 
 

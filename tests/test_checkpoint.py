@@ -11,7 +11,12 @@ import checkpoint
 from checkpoint import Run, StopRequest, free_folder, outcome, run_name, write_atomically
 
 STATE = dict(
-    model={"w": torch.arange(6.0)}, optimizer={}, step=3, epoch_sums=[0.5, 1.0], history=[dict(epoch=1, loss=2.5)]
+    model={"w": torch.arange(6.0)},
+    optimizer={},
+    step=3,
+    epoch_sums=[0.5, 1.0],
+    history=[dict(epoch=1, loss=2.5)],
+    histograms=[],
 )
 
 
@@ -29,6 +34,7 @@ def test_a_run_folder_round_trip(tmp_path):
     assert sorted(f.name for f in (tmp_path / "r").iterdir()) == [
         "checkpoint.pt",
         "config.json",
+        "histograms.json",
         "metrics.csv",
         "result.json",
     ]
@@ -36,6 +42,10 @@ def test_a_run_folder_round_trip(tmp_path):
 
 def test_an_existing_run_is_never_overwritten(tmp_path):
     Run.create(tmp_path / "r", {})
+    with pytest.raises(ValueError, match="already holds a run"):
+        Run.create(tmp_path / "r", dict(arch="vgg11"))
+    run = Run.create(tmp_path / "r", {})  # nothing was saved yet, so nothing is lost
+    run.save(STATE)
     with pytest.raises(ValueError, match="already holds a run"):
         Run.create(tmp_path / "r", {})
     assert free_folder(tmp_path / "r") == tmp_path / "r-2"

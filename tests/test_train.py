@@ -105,6 +105,43 @@ def test_the_same_seed_gives_the_same_run(options, tmp_path):
     assert same(a, b) and not same(a, c)
 
 
+def test_a_suite_goes_on_where_it_was_and_skips_what_is_finished(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(train.SUITES, "paper", [["--model", "plain"], ["--no-ste"], ["--eps", "1e-6"]])
+    suite = [*options, "--suite", "paper", "--epochs", "1", "--out", str(tmp_path)]
+    evaluate = train.evaluate
+
+    def stop_in_the_second_run(*arguments):
+        if (tmp_path / "folder-vgg8-ei-noste-seed0").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", stop_in_the_second_run)
+    assert train.main(suite) == 128 + signal.SIGTERM
+    assert (tmp_path / "folder-vgg8-plain-seed0" / "result.json").exists()
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    capsys.readouterr()
+    assert train.main(suite) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 1 and "run 3 of 3: --eps 1e-6" in out
+    assert len(list(tmp_path.glob("*/result.json"))) == 3
+    assert train.main(suite) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert "was made with epochs=1, not 2" in run_and_fail(capsys, *suite[:-3], "2", *suite[-2:])
+
+
+def test_recording_histograms_changes_no_result(options, tmp_path, monkeypatch):
+    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "with")]) == 0
+    recorded = json.loads((tmp_path / "with" / "histograms.json").read_text())
+    assert len(recorded) == 3 and len(recorded[0]) == 5
+    neurons = [64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4, 512 * 2 * 2]
+    for epoch in recorded:
+        for layer, n in zip(epoch, neurons, strict=True):
+            assert sum(layer["i_int"]) == sum(layer["u"]) == n * 6 * 2  # test images, time steps
+    monkeypatch.setattr(train, "histograms", lambda *_: [])
+    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "without")]) == 0
+    assert same(parameters(tmp_path / "with"), parameters(tmp_path / "without"))
+
+
 def start(arguments, folder):
     return subprocess.Popen(
         [sys.executable, TRAIN, *arguments, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

@@ -1,0 +1,633 @@
+"""The paper's figures: `python visualize.py all`, after `python train.py --suite paper`.
+
+Each subcommand draws one figure from a folder of runs (or from one run), as PNG and PDF, and writes the numbers that it
+drew beside it as CSV. Orange is excitation, blue is inhibition, everywhere; a dashed line is the firing threshold.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.animation import FuncAnimation, PillowWriter
+from sklearn.decomposition import PCA
+
+import data
+import train
+from checkpoint import restore
+from ei_init import ei_init, initialize
+from model import ARCHS, BINS, build, circuits, layers, observe
+
+EXC, INH, GREY = "#D55E00", "#0072B2", "#777777"  # excitation, inhibition (palette of Okabe and Ito, also below)
+STYLES = [  # told apart by dash and marker in grey
+    dict(color="#000000", marker="o", ls="-"),
+    dict(color="#009E73", marker="s", ls="--"),
+    dict(color="#CC79A7", marker="^", ls="-."),
+    dict(color="#56B4E9", marker="D", ls=":"),
+    dict(color="#E69F00", marker="v", ls=(0, (4, 1, 1, 1, 1, 1))),
+    dict(color="#999999", marker="x", ls=(0, (1, 2))),
+]
+NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
+SYMBOLS = dict(w_ee="$W_{EE}$", w_ie="$W_{IE}$", w_ei="$W_{EI}$", g_i="$g_I$", g_e="$g_E$", b_e="$b_E$")
+FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")  # the paper's method, nothing left out
+STYLE = {"font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+PAGE = 6.8  # inches, the width of a page; half of it is a column
+SAMPLES = 256  # test images, evenly spaced over the set, on which a network is looked at
+
+
+class Missing(ValueError):
+    """There is no run that a figure needs; the message says how to get one."""
+
+
+def save(figure, name, rows, out):
+    """Writes name.png, name.pdf and the rows (dicts) behind them as name.csv."""
+    for suffix in ("png", "pdf"):
+        figure.savefig(out / f"{name}.{suffix}", dpi=200)
+    plt.close(figure)
+    with open(out / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Trained:
+    """A run, read for drawing: settings, and what it wrote, each when it is asked for."""
+
+    def __init__(self, folder):
+        self.run, self.config = train.reopen(train.parse([]), folder)
+        self.folder = self.run.folder
+
+    def _read(self, name, reader):
+        try:
+            with open(self.folder / name) as file:
+                return reader(file)
+        except FileNotFoundError:
+            raise Missing(f"{self.folder} is not finished: python train.py --resume {self.folder}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.folder / name} cannot be read ({error}): python train.py --resume {self.folder} writes it again"
+            ) from None
+
+    def metrics(self):
+        """metrics.csv: a dict of floats for each epoch."""
+        rows = self._read("metrics.csv", lambda f: [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)])
+        if not rows:
+            raise Missing(f"{self.folder} has no finished epoch: python train.py --resume {self.folder}")
+        return rows
+
+    def result(self):
+        return self._read("result.json", json.load)
+
+    def histograms(self):
+        """histograms.json as an array of counts: (epochs + 1, layers, 2: I_int and u, bins)."""
+
+        def read(file):
+            counts = np.array([[[h["i_int"], h["u"]] for h in epoch] for epoch in json.load(file)], dtype=float)
+            if counts.ndim != 4 or counts.shape[3] != BINS["n"]:
+                raise ValueError("not of this version")
+            return counts
+
+        return self._read("histograms.json", read)
+
+    def networks(self):
+        """The dataset, and the network "at initialisation" and "after training" (at its best epoch)."""
+        device = train.pick_device(None)
+        dataset, before = train.make(self.config, device)
+        train.prepare(self.config, dataset, before)
+        after = train.make(self.config, device)[1]
+        restore(after, self.run.load("best.pt")["model"], self.folder / "best.pt")
+        return dataset, {"at initialisation": before.eval(), "after training": after.eval()}
+
+
+def trained_runs(folder):
+    """Every run in a folder of runs, or the one that the folder is."""
+    folder = Path(folder)
+    here = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+    if not here:
+        raise Missing(f"{folder} has no run in it: python train.py --suite paper")
+    return [Trained(p) for p in here]
+
+
+def pick(runs, **settings):
+    """The first run with these settings, those of the paper's method where nothing else is said, that fits the others.
+
+    Others: the same arch, data and seed as the first run.
+    """
+    wanted = {k: runs[0].config[k] for k in ("arch", "data", "seed")} | FULL | settings
+    for run in runs:
+        if all(run.config[k] == v for k, v in wanted.items()):
+            return run
+    said = " ".join(f"{k}={v}" for k, v in settings.items()) or "the paper's settings"
+    raise Missing(f"no run with {said} for {wanted['data']} {wanted['arch']}: python train.py --suite paper")
+
+
+def images(dataset):
+    """Some test images of every class, as the network's input, and their labels."""
+    step = -(-len(dataset.test_x) // SAMPLES)
+    return data.to_input(dataset.test_x[::step]), dataset.test_y[::step]
+
+
+def by_layer(axis, n):
+    axis.set_xlabel("layer")
+    axis.set_xticks(range(1, n + 1) if n <= 8 else range(1, n + 1, 3))
+
+
+# ---- without training ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialised(model, batch, how):
+    """The network initialised: "E-I Init", "without its gain" (g_I = 1) or "|Kaiming|" (what `build` leaves)."""
+    if how == "E-I Init":
+        initialize(model, batch)
+    elif how == "without its gain":
+
+        def before_forward(circuit, args):
+            ei_init(circuit, args[0])
+            if not circuit.readout:
+                circuit.g_i.fill_(1)
+
+        hooks = [c.register_forward_pre_hook(before_forward) for c in circuits(model)]
+        try:
+            model(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return model
+
+
+def draw_init(args):
+    """Mean and standard deviation of I_int and firing rate by layer, for three initialisations."""
+    dataset = data.load(args.data, args.data_root)
+    batch = data.to_input(dataset.train_x[torch.randperm(len(dataset.train_x))[:32]])
+    archs, quantities = ("vgg8", "vgg19"), ("mean of $I_{int}$", "std of $I_{int}$", "firing rate")
+    figure, axes = plt.subplots(3, 2, figsize=(PAGE, 4.8), sharex="col", sharey="row")
+    rows = []
+    for column, arch in enumerate(archs):
+        for how, style in zip(("E-I Init", "without its gain", "|Kaiming|"), STYLES, strict=False):
+            torch.manual_seed(0)
+            found = []
+
+            def see(i, current, u, spikes, found=found):
+                found.append([current.mean().item(), current.std().item(), spikes.mean().item()])
+
+            model = build(arch, dataset.in_channels, dataset.n_classes)
+            try:
+                initialised(model, batch, how)
+            except ValueError:  # a silent layer has nothing to initialise the next with: the silence is what we draw
+                pass
+            observe(model, batch, see)
+            for layer, (mean, std, rate) in enumerate(found, 1):
+                rows.append(dict(arch=arch, init=how, layer=layer, mean=mean, std=std, firing_rate=rate))
+            for axis, values in zip(axes[:, column], zip(*found, strict=True), strict=True):
+                axis.plot(range(1, len(found) + 1), values, label=how, **style)
+        axes[0, column].set_title(arch.replace("vgg", "VGG-"))
+        by_layer(axes[2, column], len(found))
+    for axis, quantity, ideal in zip(axes[:, 0], quantities, (0, 1, None), strict=True):
+        axis.set_ylabel(quantity)
+        if ideal is not None:
+            axis.axhline(ideal, color=GREY, lw=0.6, zorder=0)
+    axes[0, 0].legend()
+    save(figure, "init", rows, args.out)
+
+
+def draw_gradients(args):
+    """Norm of each parameter's gradient by layer in the first step: STE, gradient scaling, adaptive and fixed eps."""
+    variants = {
+        "E-I Prop": {},
+        "no STE": dict(ste=False),
+        "no scaling": dict(grad_scaling=False),
+        "$\\epsilon=10^{-6}$": dict(eps=1e-6),
+        "$\\epsilon=10^{-8}$": dict(eps=1e-8),
+    }
+    config = train.settings(train.parse(["--arch", args.arch, "--data", args.data, "--data-root", args.data_root]))
+    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.6), sharex=True)
+    rows = []
+    for (name, options), style in zip(variants.items(), STYLES, strict=False):
+        dataset, model = train.make(config | options, torch.device("cpu"))
+        train.prepare(config, dataset, model)
+        x, y = train.training_batch(config, dataset, train.epoch_order(config, dataset, 0)[0], 0)
+        F.cross_entropy(model(x), y).backward()
+        for parameter, axis in zip(SYMBOLS, axes.flat, strict=True):
+            found = [(i, getattr(c, parameter, None)) for i, c in enumerate(circuits(model), 1)]
+            norms = [(i, p.grad.norm().item()) for i, p in found if p is not None]
+            rows += [dict(variant=name.strip("$"), parameter=parameter, layer=i, gradient_norm=n) for i, n in norms]
+            axis.plot(*zip(*norms, strict=True), label=name, **style)
+    for parameter, axis in zip(SYMBOLS, axes.flat, strict=True):
+        axis.set(yscale="log", title=f"gradient of {SYMBOLS[parameter]}")
+    for axis in axes[1]:
+        by_layer(axis, len(circuits(model)))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("norm")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(variants))
+    save(figure, "gradients", rows, args.out)
+
+
+# ---- the course of the training --------------------------------------------------------------------------------------
+
+
+def draw_curves(args):
+    """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
+    runs = trained_runs(args.runs)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.5))
+    rows = []
+    for (model, name), style in zip(NAMES.items(), STYLES, strict=False):
+        metrics = pick(runs, model=model).metrics()
+        epochs = [m["epoch"] for m in metrics]
+        left.plot(epochs, [m["train_loss"] for m in metrics], label=name, **style)
+        right.plot(epochs, [100 * m["test_accuracy"] for m in metrics], label=name, **style)
+        keys = ("epoch", "train_loss", "test_loss", "test_accuracy")
+        rows += [dict(model=model) | {k: m[k] for k in keys} for m in metrics]
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    right.legend(loc="center right")
+    save(figure, "curves", rows, args.out)
+
+
+def table(name, first, runs, out):
+    """Outcome, epoch and accuracy of each run (label -> Trained), as text, Markdown and picture, loss curves below."""
+    cells, rows = [[first, "outcome", "best epoch", "best accuracy"]], []
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 3.3 + 0.2 * len(runs)), height_ratios=(1, 1.6))
+    for (label, run), style in zip(runs.items(), STYLES, strict=False):
+        result, metrics = run.result(), run.metrics()
+        best, epoch = result.get("best_test_accuracy"), result.get("best_epoch")
+        if not isinstance(result.get("outcome"), str) or not isinstance(best, float):
+            raise ValueError(f"{run.folder / 'result.json'} is not of this version")
+        cells.append([label, result["outcome"], str(epoch), f"{best:.2%}"])
+        for m in metrics:
+            rows.append({"run": label, "outcome": result["outcome"], "epoch": int(m["epoch"])})
+            rows[-1] |= dict(train_loss=m["train_loss"], test_accuracy=m["test_accuracy"], best_test_accuracy=best)
+        bottom.plot([m["epoch"] for m in metrics], [m["train_loss"] for m in metrics], label=label, **style)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    top.axis("off")
+    top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="left", edges="horizontal")
+    bottom.set(xlabel="epoch", ylabel="training loss")
+    bottom.legend(ncols=2)
+    save(figure, name, rows, out)
+
+
+def draw_epsilon(args):
+    """The talk's table: what becomes of the training with a fixed epsilon, and with the adaptive one."""
+    runs = trained_runs(args.runs)
+    fixed = {f"{eps:.0e}".replace("e-0", "e-"): pick(runs, eps=eps) for eps in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)}
+    table("epsilon", "epsilon", fixed | {"adaptive": pick(runs)}, args.out)
+
+
+def draw_ablation(args):
+    """What becomes of the training when one part of the method is left out."""
+    runs = trained_runs(args.runs)
+    without = {"no STE": dict(ste=False), "no gradient scaling": dict(grad_scaling=False)}
+    without |= {"|Kaiming| for E-I Init": dict(init="kaiming")}
+    found = {"all of it": pick(runs)} | {name: pick(runs, **settings) for name, settings in without.items()}
+    table("ablation", "method", found, args.out)
+
+
+# ---- what the circuit represents -------------------------------------------------------------------------------------
+
+CENTRES = np.linspace(BINS["low"], BINS["high"], 2 * BINS["n"] + 1)[1::2]
+
+
+def shown_layers(n):
+    """At most five layers, first and last among them."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, 5))})
+
+
+def density(counts):
+    """Counts -> probability density, along the last axis."""
+    return counts / np.maximum(counts.sum(-1, keepdims=True), 1) / (CENTRES[1] - CENTRES[0])
+
+
+def draw_representation(args):
+    """Distributions of I_int and u before and after the training, and the last layer's firing rates in the plane."""
+    run = pick(trained_runs(args.runs))
+    dataset, networks = run.networks()
+    x, y = images(dataset)
+    n = len(layers(networks["after training"]))
+    shown = shown_layers(n)
+    figure = plt.figure(figsize=(PAGE, 5.6))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    axes = upper.subplots(2, len(shown), sharex=True, squeeze=False)
+    planes = lower.subplots(1, 2)
+    rows, points = [], []
+    low, high, bins = BINS.values()
+    for (when, network), color, plane in zip(networks.items(), (GREY, "black"), planes, strict=True):
+        rates = {}
+
+        def see(i, current, u, spikes, rates=rates, when=when, color=color):
+            rates[i] = spikes.mean(0).flatten(1)  # of the last layer in the end
+            rates.pop(i - 1, None)
+            for row, (quantity, values) in enumerate((("i_int", current), ("u", u))):
+                counts = torch.histc(values.clamp(low, high), bins, low, high).cpu().numpy()
+                rows.extend(
+                    dict(when=when, layer=i + 1, quantity=quantity, bin_centre=c, density=d)
+                    for c, d in zip(CENTRES, density(counts), strict=True)
+                )
+                if i in shown:
+                    axes[row, shown.index(i)].stairs(
+                        density(counts), np.linspace(low, high, bins + 1), color=color, label=when, lw=1
+                    )
+
+        observe(network, x, see)
+        plane_of = PCA(2, random_state=0).fit(rates[n - 1].cpu().numpy())
+        projected = plane_of.transform(rates[n - 1].cpu().numpy())
+        points += [dict(when=when, label=int(label), pc1=a, pc2=b) for label, (a, b) in zip(y, projected, strict=True)]
+        explained = plane_of.explained_variance_ratio_.sum()
+        plane.scatter(*projected.T, c=y.cpu(), cmap="viridis", s=6, lw=0)
+        for label in range(dataset.n_classes) if dataset.n_classes <= 10 else ():
+            plane.annotate(str(label), projected[(y == label).cpu().numpy()].mean(0), ha="center", va="center")
+        plane.set(title=f"{when} ({explained:.0%} of the variance)", xlabel="PC 1", ylabel="PC 2", xticks=[], yticks=[])
+    for row, name in enumerate(("$I_{int}$", "$u$")):
+        axes[row, 0].set_ylabel("density")
+        for i, axis in zip(shown, axes[row], strict=True):
+            axis.axvline(1, color=GREY, ls="--", lw=0.8)
+            axis.set(yscale="log", ylim=(1e-3, 10), title=f"layer {i + 1}" if row == 0 else "")
+            axis.set_xlabel(f"{name} ($\\theta$)")
+            if axis is not axes[row, 0]:
+                axis.tick_params(labelleft=False)
+    upper.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    with open(args.out / "representation-pca.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, points[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(points)
+    save(figure, "representation", rows, args.out)
+
+
+def draw_evolution(args):
+    """The same distributions through the training: a picture with the epochs along x, and an animated GIF."""
+    run = pick(trained_runs(args.runs))
+    densities = density(run.histograms())  # (epochs + 1, layers, 2, bins)
+    n_epochs, n = densities.shape[:2]
+    shown = shown_layers(n)
+    rows = [
+        dict(epoch=epoch, layer=layer + 1, quantity=quantity, bin_centre=centre, density=d)
+        for epoch, of_epoch in enumerate(densities)
+        for layer, of_layer in enumerate(of_epoch)
+        for quantity, values in zip(("i_int", "u"), of_layer, strict=True)
+        for centre, d in zip(CENTRES, values, strict=True)
+    ]
+    figure, axes = plt.subplots(2, len(shown), figsize=(PAGE, 3.2), sharey=True, sharex=True, squeeze=False)
+    for row, name in enumerate(("$I_{int}$", "$u$")):
+        axes[row, 0].set_ylabel(f"{name} ($\\theta$)")
+        for i, axis in zip(shown, axes[row], strict=True):
+            extent = (-0.5, n_epochs - 0.5, BINS["low"], BINS["high"])
+            shade = np.log10(densities[:, i, row].T + 1e-3)
+            axis.imshow(shade, origin="lower", extent=extent, aspect="auto", cmap="Greys", vmin=-3, vmax=0.5)
+            axis.axhline(1, color=EXC, ls="--", lw=0.8)
+            axis.set(title=f"layer {i + 1}" if row == 0 else "", xlabel="epoch" if row else "")
+    save(figure, "evolution", rows, args.out)
+
+    figure, axes = plt.subplots(2, len(shown), figsize=(PAGE, 3), sharex=True, sharey=True, squeeze=False)
+    lines = {}
+    for row, name in enumerate(("$I_{int}$", "$u$")):
+        axes[row, 0].set_ylabel("density")
+        for i, axis in zip(shown, axes[row], strict=True):
+            (lines[row, i],) = axis.plot(CENTRES, densities[0, i, row], color="black")
+            axis.axvline(1, color=GREY, ls="--", lw=0.8)
+            axis.set(yscale="log", ylim=(1e-3, 10), xlabel=f"{name} ($\\theta$)", title="" if row else f"layer {i + 1}")
+    title = figure.suptitle("epoch 0")
+
+    def frame(epoch):
+        title.set_text(f"epoch {epoch}")
+        for (row, i), line in lines.items():
+            line.set_ydata(densities[epoch, i, row])
+
+    every = max(1, n_epochs // 60)
+    FuncAnimation(figure, frame, range(0, n_epochs, every)).save(
+        args.out / "evolution.gif", PillowWriter(fps=max(2, n_epochs // every // 15)), dpi=100
+    )
+    plt.close(figure)
+
+
+@torch.no_grad()
+def currents_of(network, x, index):
+    """The currents of one circuit, each (T, B, ...), for an input of the network."""
+    found = {}
+    circuit = circuits(network)[index]
+
+    def record(circuit, args):
+        found.update({k: v.unflatten(0, (network.T, -1)) for k, v in circuit.currents(args[0]).items()})
+
+    hook = circuit.register_forward_pre_hook(record)
+    try:
+        network(x)
+    finally:
+        hook.remove()
+    return found
+
+
+def draw_balance(args):
+    """Excitation against subtractive inhibition of single neurons, and their currents and spikes through time."""
+    run = pick(trained_runs(args.runs))
+    dataset, networks = run.networks()
+    x, _ = images(dataset)
+    layer, steps = len(layers(networks["after training"])) // 2, 24
+    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 4), width_ratios=(1, 1.2, 1.2), sharex="col")
+    rows = []
+    for (when, network), (scatter, currents, membrane) in zip(networks.items(), axes, strict=True):
+        network.T = steps  # longer than it was trained for, to see the traces
+        # one position in the middle of each map, so that a neuron is an index (map)
+        found = {k: v[..., v.shape[-2] // 2, v.shape[-1] // 2] for k, v in currents_of(network, x[:64], layer).items()}
+        potential = {}
+
+        def see(i, current, u, spikes, potential=potential):
+            if i == layer:
+                potential.update(u=u[..., u.shape[-2] // 2, u.shape[-1] // 2])
+
+        observe(network, x[:64], see)
+        i_ee, i_sub, u = found["i_ee"], found["i_sub"], potential["u"]
+        rates = (u >= 1).float().mean(0)  # (images, maps)
+        neurons = (rates.mean(0) - 0.3).abs().argsort()[:3]  # neither silent nor always firing
+        for neuron, marker in zip(neurons.tolist(), "o^x", strict=True):
+            scatter.scatter(
+                i_ee[..., neuron].flatten().cpu(), i_sub[..., neuron].flatten().cpu(), s=4, marker=marker, lw=0.5,
+                color="black", alpha=0.3, label=f"neuron {neuron}",
+            )  # fmt: skip
+        limit = max(scatter.get_xlim()[1], scatter.get_ylim()[1])
+        scatter.plot([0, limit], [0, limit], color=GREY, lw=0.6)
+        scatter.set(ylabel=f"{when}\n$I_{{sub}}$")
+        neuron = neurons[0].item()
+        image = (rates[:, neuron] - 0.3).abs().argmin().item()
+        time = range(1, steps + 1)
+        currents.plot(time, i_ee[:, image, neuron].cpu(), color=EXC, label="$I_{EE}$")
+        currents.plot(time, i_sub[:, image, neuron].cpu(), color=INH, ls="--", label="$I_{sub}$")
+        currents.set_ylabel("current")
+        trace = u[:, image, neuron].cpu()
+        membrane.plot(time, trace, color="black", label="$u$")
+        membrane.axhline(1, color=GREY, ls="--", lw=0.8)
+        fired = [t for t, v in zip(time, trace, strict=True) if v >= 1]
+        membrane.plot(fired, [trace.max().item() * 1.15 + 0.2] * len(fired), "|", color=EXC, ms=7, label="spikes")
+        membrane.set_ylabel("$u$ ($\\theta$)")
+        for neuron in neurons.tolist():
+            for t in range(steps):
+                rows.append(dict(when=when, layer=layer + 1, neuron=neuron, image=image, step=t + 1))
+                values = (i_ee[t, image, neuron], i_sub[t, image, neuron], u[t, image, neuron])
+                rows[-1] |= dict(zip(("i_ee", "i_sub", "u"), map(torch.Tensor.item, values), strict=True))
+                rows[-1]["spike"] = int(rows[-1]["u"] >= 1)
+    axes[1, 0].set_xlabel("$I_{EE}$")
+    for axis in axes[1, 1:]:
+        axis.set_xlabel("time step")
+    axes[0, 1].legend(ncols=2)
+    axes[0, 0].set_title(f"three neurons of layer {layer + 1}")
+    axes[0, 1].set_title("one of them, one image")
+    axes[0, 2].set_title("its membrane and spikes")
+    save(figure, "balance", rows, args.out)
+
+
+@torch.no_grad()
+def contrast_response(network, x, contrasts):
+    """Mean response of each layer at each contrast: with divisive inhibition, and with I_div held at its mean.
+
+    Returns:
+        (2, contrasts, layers). The mean of I_div is taken for each excitatory map over images, time and positions of x
+        at full contrast, in the intact network.
+    """
+    divided = circuits(network)[:-1]
+    means = {}
+
+    def measure(circuit, args):
+        i_div = circuit.currents(args[0])["i_div"]
+        means[circuit] = i_div.mean((0, 2, 3), keepdim=True)
+
+    hooks = [c.register_forward_pre_hook(measure) for c in divided]
+    network(x)
+    for hook in hooks:
+        hook.remove()
+
+    def undivided(circuit, args, _):
+        found = circuit.currents(args[0])
+        g_e, b_e = circuit.g_e[:, None, None], circuit.b_e[:, None, None]
+        return g_e * (found["i_ee"] - found["i_sub"]) / means[circuit] + b_e
+
+    responses = torch.zeros(2, len(contrasts), len(divided))
+    for which in range(2):
+        hooks = [c.register_forward_hook(undivided) for c in divided] if which else []
+        for k, contrast in enumerate(contrasts):
+
+            def see(i, current, u, spikes, which=which, k=k):
+                responses[which, k, i] = spikes.mean()
+
+            observe(network, contrast * x, see)
+        for hook in hooks:
+            hook.remove()
+    return responses
+
+
+def draw_gain(args):
+    """Contrast response of each layer of the trained network: what PV+ divisive inhibition is for."""
+    run = pick(trained_runs(args.runs))
+    dataset, networks = run.networks()
+    contrasts = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    responses = contrast_response(networks["after training"], images(dataset)[0][:64], contrasts)
+    conditions = ("divisive inhibition", "its mean instead")
+    shown = shown_layers(responses.shape[2])
+    figure, axes = plt.subplots(1, len(shown), figsize=(PAGE, 1.9), sharey=True, squeeze=False)
+    for i, axis in zip(shown, axes[0], strict=True):
+        for values, name, style in zip(responses, conditions, ((INH, "o", "-"), (GREY, "s", "--")), strict=True):
+            axis.plot(contrasts, values[:, i], label=name, **dict(zip(("color", "marker", "ls"), style, strict=True)))
+        axis.set(title=f"layer {i + 1}", xlabel="contrast", xticks=(0, 1), ylim=(0, None))
+    axes[0, 0].set_ylabel("firing rate\n(spikes/neuron/step)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    rows = [
+        dict(condition=name, contrast=contrast, layer=i + 1, firing_rate=rate.item())
+        for name, of_condition in zip(conditions, responses, strict=True)
+        for contrast, of_contrast in zip(contrasts, of_condition, strict=True)
+        for i, rate in enumerate(of_contrast)
+    ]
+    save(figure, "gain", rows, args.out)
+
+
+def draw_weights(args):
+    """Distributions of weights and gains before and after the training, each in units of its layer's initial mean."""
+    run = pick(trained_runs(args.runs))
+    _, networks = run.networks()
+    figure, axes = plt.subplots(1, 5, figsize=(PAGE, 1.9), sharey=True)
+    scale, edges, rows = {}, np.linspace(0, 5, 51), []
+    for (when, network), filled in zip(networks.items(), (True, False), strict=True):
+        for parameter, axis in zip(list(SYMBOLS)[:5], axes, strict=True):
+            sign = -1 if parameter == "w_ei" or parameter == "g_i" else 1  # what inhibition does to the membrane
+            values = []
+            for i, circuit in enumerate(circuits(network)):
+                if hasattr(circuit, parameter):
+                    p = getattr(circuit, parameter).detach().flatten().cpu()
+                    unit = scale.setdefault((i, parameter), p.mean().item())
+                    values.append(p / unit)
+            values = torch.cat(values).numpy()
+            counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+            of_bin = counts / counts.sum()
+            color = INH if sign < 0 else EXC
+            style = dict(fill=True, alpha=0.35, lw=0) if filled else dict(lw=1)
+            if sign < 0:
+                axis.stairs(of_bin[::-1], -edges[::-1], color=color, label=when, **style)
+            else:
+                axis.stairs(of_bin, edges, color=color, label=when, **style)
+            rows += [
+                dict(when=when, parameter=parameter, sign=sign, bin_low=low, bin_high=high, fraction=f,
+                     smallest=values.min(), zeros=(values == 0).mean())
+                for low, high, f in zip(edges, edges[1:], of_bin, strict=False)
+            ]  # fmt: skip
+            axis.set(xlabel=("$-$" if sign < 0 else "") + SYMBOLS[parameter], yscale="log", ylim=(1e-5, 2))
+            axis.axvline(0, color="black", lw=0.6)
+    axes[0].set_ylabel("fraction")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    save(figure, "weights", rows, args.out)
+
+
+FIGURES = dict(
+    init=draw_init,
+    curves=draw_curves,
+    epsilon=draw_epsilon,
+    ablation=draw_ablation,
+    representation=draw_representation,
+    evolution=draw_evolution,
+    balance=draw_balance,
+    gain=draw_gain,
+    gradients=draw_gradients,
+    weights=draw_weights,
+)
+
+
+def main(argv=None):
+    """The command line; returns the exit status. Bad input ends in one line and status 2."""
+    p = train.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    p.add_argument("figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {f.__doc__}" for k, f in FIGURES.items()))
+    p.add_argument("runs", nargs="?", default="runs", help="a folder of runs, or one run (runs)")
+    p.add_argument("--out", type=Path, default=Path("figures"), help="where the figures go (figures)")
+    p.add_argument("--arch", choices=ARCHS, default="vgg8", help="network of `gradients` (vgg8)")
+    p.add_argument("--data", choices=data.DATASETS, default="digits", help="images for `init` and `gradients` (digits)")
+    p.add_argument("--data-root", default="./data", help="where they are (./data)")
+    args = p.parse_args(argv)
+    names = list(FIGURES) if args.figure == "all" else [args.figure]
+    drawn = 0
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with plt.rc_context(STYLE):
+            for name in names:
+                try:
+                    torch.manual_seed(0)
+                    FIGURES[name](args)
+                    drawn += 1
+                    print(f"{name}: {args.out / name}.png, .pdf, .csv")
+                except (ValueError, OSError) as error:
+                    if args.figure != "all":
+                        raise
+                    print(f"{name}: not drawn. {' '.join(str(error).split())}")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0 if drawn else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
