@@ -17,6 +17,7 @@ import torch.nn.functional as F
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
 import data
@@ -140,6 +141,11 @@ def by_layer(axis, n):
     axis.set_xticks(range(1, n + 1) if n <= 8 else range(1, n + 1, 3))
 
 
+def by_epoch(axis):
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 # ---- without training ------------------------------------------------------------------------------------------------
 
 
@@ -246,8 +252,10 @@ def draw_curves(args):
         right.plot(epochs, [100 * m["test_accuracy"] for m in metrics], label=name, **style)
         keys = ("epoch", "train_loss", "test_loss", "test_accuracy")
         rows += [dict(model=model) | {k: m[k] for k in keys} for m in metrics]
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    left.set_ylabel("training loss")
+    right.set(ylabel="test accuracy (%)", ylim=(0, 102))
+    by_epoch(left)
+    by_epoch(right)
     right.legend(loc="center right")
     save(figure, "curves", rows, args.out)
 
@@ -272,8 +280,9 @@ def table(name, first, runs, out):
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     top.axis("off")
-    top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="left", edges="horizontal")
-    bottom.set(xlabel="epoch", ylabel="training loss")
+    top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="center", edges="horizontal")
+    bottom.set_ylabel("training loss")
+    by_epoch(bottom)
     bottom.legend(ncols=2)
     save(figure, name, rows, out)
 
@@ -383,9 +392,20 @@ def draw_evolution(args):
         for i, axis in zip(shown, axes[row], strict=True):
             extent = (-0.5, n_epochs - 0.5, BINS["low"], BINS["high"])
             shade = np.log10(densities[:, i, row].T + 1e-3)
-            axis.imshow(shade, origin="lower", extent=extent, aspect="auto", cmap="Greys", vmin=-3, vmax=0.5)
+            axis.imshow(
+                shade,
+                origin="lower",
+                extent=extent,
+                aspect="auto",
+                cmap="Greys",
+                vmin=-3,
+                vmax=0.5,
+                interpolation="nearest",
+            )
             axis.axhline(1, color=EXC, ls="--", lw=0.8)
-            axis.set(title=f"layer {i + 1}" if row == 0 else "", xlabel="epoch" if row else "")
+            axis.set_title("" if row else f"layer {i + 1}")
+            if row:
+                by_epoch(axis)
     save(figure, "evolution", rows, args.out)
 
     figure, axes = plt.subplots(2, len(shown), figsize=(PAGE, 3), sharex=True, sharey=True, squeeze=False)
@@ -536,7 +556,9 @@ def draw_gain(args):
     for i, axis in zip(shown, axes[0], strict=True):
         for values, name, style in zip(responses, conditions, ((INH, "o", "-"), (GREY, "s", "--")), strict=True):
             axis.plot(contrasts, values[:, i], label=name, **dict(zip(("color", "marker", "ls"), style, strict=True)))
-        axis.set(title=f"layer {i + 1}", xlabel="contrast", xticks=(0, 1), ylim=(0, None))
+        axis.set(
+            title=f"layer {i + 1}", xlabel="contrast", xticks=(0, 1), ylim=(0, 1.1 * responses.max().item() + 1e-3)
+        )
     axes[0, 0].set_ylabel("firing rate\n(spikes/neuron/step)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     rows = [
