@@ -48,15 +48,20 @@ class Missing(ValueError):
     """There is no run that a figure needs; the message says how to get one."""
 
 
-def save(figure, name, rows, out):
-    """Writes name.png, name.pdf and the rows (dicts) behind them as name.csv."""
-    for suffix in ("png", "pdf"):
-        figure.savefig(out / f"{name}.{suffix}", dpi=200)
-    plt.close(figure)
-    with open(out / f"{name}.csv", "w", newline="") as file:
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def save(figure, name, rows, out):
+    """Writes name.png, name.pdf and the rows (dicts) behind them as name.csv."""
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "pdf"):
+        figure.savefig(out / f"{name}.{suffix}", dpi=200)
+    plt.close(figure)
+    write_csv(out / f"{name}.csv", rows)
 
 
 class Trained:
@@ -277,7 +282,6 @@ def table(name, first, runs, out):
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     top.axis("off")
     top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="center", edges="horizontal")
@@ -285,6 +289,7 @@ def table(name, first, runs, out):
     by_epoch(bottom)
     bottom.legend(ncols=2)
     save(figure, name, rows, out)
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def draw_epsilon(args):
@@ -366,11 +371,8 @@ def draw_representation(args):
             if axis is not axes[row, 0]:
                 axis.tick_params(labelleft=False)
     upper.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    with open(args.out / "representation-pca.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, points[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(points)
     save(figure, "representation", rows, args.out)
+    write_csv(args.out / "representation-pca.csv", points)
 
 
 def draw_evolution(args):
@@ -633,7 +635,6 @@ def main(argv=None):
     names = list(FIGURES) if args.figure == "all" else [args.figure]
     drawn = 0
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         with plt.rc_context(STYLE):
             for name in names:
                 try:
