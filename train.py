@@ -22,13 +22,17 @@ from inhibition import clamp_dale
 from model import ARCHS, KINDS, build, first_nonfinite, histograms, layers, population
 
 # The paper's recipes: SGD, momentum 0.9, cosine to 0 by iteration after a linear warm-up from `warmup_from`.
-RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, warmup_epochs=30, warmup_from=1e-7, T=4)
-RECIPES = {  # what differs, by (data, arch); "cifar" stands for cifar10, cifar100 and folder
+RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, T=4, image_size=32)
+RECIPE |= dict(warmup_epochs=30, warmup_from=1e-7)
+RECIPES = {  # what differs, by (data, arch); data without a (data, None) start from "cifar"
     ("cifar", "vgg8"): dict(lr=0.002, warmup_epochs=10),
     ("cifar", "vgg11"): dict(lr=0.002, warmup_epochs=10),
     ("digits", "vgg8"): dict(lr=0.002, epochs=6, batch_size=32, warmup_epochs=0.2),
     ("digits", "vgg11"): dict(lr=0.002, epochs=6, batch_size=32, warmup_epochs=0.2),
     ("digits", None): dict(lr=0.001, epochs=12, batch_size=32, warmup_epochs=1.2),
+    ("tinyimagenet", "resnet18"): dict(lr=0.003, warmup_epochs=10, warmup_from=0.001),
+    ("cifar10-dvs", None): dict(warmup_epochs=10, batch_size=32, T=10, image_size=48),
+    ("dvs-gesture", None): dict(warmup_epochs=10, batch_size=32, T=16, image_size=48),
 }
 BY_MODEL = {
     "bn": dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4),
@@ -42,6 +46,7 @@ SUITES = {  # options of each run: what the paper's figures compare (VGG-8 unles
         *[["--no-ste"], ["--no-grad-scaling"], ["--init", "kaiming"]],
     ]
 }
+COMMANDS = ("suite", "resume", "eval", "out", "device")  # options that are no setting of a run
 MOMENTUM = 0.9
 READ_EVERY = 20  # steps between two reads of loss and accuracy: on a GPU each read waits for it
 
@@ -83,13 +88,13 @@ def parse(argv=None):
     p.add_argument("--model", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
     p.add_argument("--data", choices=data.DATASETS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
-    p.add_argument("--image-size", type=count, help="side of the images in pixels (32)")
+    p.add_argument("--image-size", type=count, help="side in pixels (32; of event frames 48)")
     p.add_argument("--epochs", type=count, help="the warm-up is scaled with it")
     p.add_argument("--batch-size", type=count)
     p.add_argument("--lr", type=positive, help="peak learning rate")
     p.add_argument("--weight-decay", type=non_negative)
     p.add_argument("--warmup-epochs", type=non_negative, help="epochs, or a fraction, of linear warm-up")
-    p.add_argument("--T", type=count, help="time steps (4)")
+    p.add_argument("--T", type=count, help="time steps (4), frames of events (10, 16)")
     p.add_argument("--eps", type=epsilon, help="'adaptive', or a constant added to I_div (adaptive)")
     p.add_argument("--no-ste", dest="ste", action="store_const", const=False, help="no straight-through estimator")
     p.add_argument("--no-grad-scaling", dest="grad_scaling", action="store_const", const=False, help="W_EI's, by 1/d")
@@ -107,15 +112,13 @@ def parse(argv=None):
 
 def settings(args):
     """Every setting of a run: given, else from the recipe for data, arch and model."""
-    given = {
-        k: v for k, v in vars(args).items() if v is not None and k not in ("resume", "eval", "out", "device", "suite")
-    }
-    config = dict(arch="vgg8", model="ei", data="digits", data_root="./data", image_size=32)
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in COMMANDS}
+    config = dict(arch="vgg8", model="ei", data="digits", data_root="./data")
     config.update(eps="adaptive", ste=True, grad_scaling=True, init="ei", seed=0)
     config.update({k: given[k] for k in config if k in given})
-    kind = "digits" if config["data"] == "digits" else "cifar"
+    kind = config["data"] if (config["data"], None) in RECIPES else "cifar"
     recipe = RECIPE | RECIPES.get((kind, None), {}) | RECIPES.get((kind, config["arch"]), {})
-    recipe |= BY_MODEL.get(config["model"], {})
+    recipe |= RECIPES.get((config["data"], config["arch"]), {}) | BY_MODEL.get(config["model"], {})
     if "epochs" in given:  # a shorter run is the same schedule in proportion
         recipe["warmup_epochs"] *= given["epochs"] / recipe["epochs"]
     return config | recipe | given
@@ -133,7 +136,7 @@ def pick_device(name):
 
 def make(config, device):
     """The dataset and the network of a configuration, on the device; the network is not initialised yet."""
-    dataset = data.load(config["data"], config["data_root"], config["image_size"], device)
+    dataset = data.load(config["data"], config["data_root"], config["image_size"], device, config["T"])
     torch.manual_seed(config["seed"])
     options = {k: config[k] for k in ("T", "image_size", "eps", "ste", "grad_scaling")}
     model = build(config["arch"], dataset.in_channels, dataset.n_classes, kind=config["model"], **options)
@@ -151,8 +154,8 @@ def epoch_order(config, dataset, epoch):
 def training_batch(config, dataset, indices, step):
     """Input and labels of a step. The augmentation depends on seed and step alone, so a resumed run repeats it."""
     x = data.to_input(dataset.train_x[indices])
-    if dataset.augmented:
-        x = data.augment(x, torch.Generator(x.device).manual_seed((config["seed"] << 32) + step))
+    if dataset.augment:
+        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] << 32) + step))
     return x, dataset.train_y[indices]
 
 
@@ -186,6 +189,7 @@ def train_step(model, optimizer, x, y, lr):
 def evaluate(model, x, y, batch_size=250):
     """Mean loss, accuracy, and mean firing rate (spikes per neuron and time step) of each layer, on a test set."""
     model.eval()
+    batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
     rates = torch.zeros(len(layers(model)), device=x.device)
 
     def count_spikes(_, __, spikes, i):
@@ -295,10 +299,10 @@ def header(config, dataset, model, device):
     """What runs: device, data, network and its size, and every setting."""
     n_e, n_i = population(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    size = f"{dataset.in_channels}x{config['image_size']}x{config['image_size']}"
+    size = "x".join(map(str, dataset.train_x.shape[1:]))
     print(f"device    {device} ({name})")
     n_train, n_test, n_weights = len(dataset.train_y), len(dataset.test_y), sum(p.numel() for p in model.parameters())
-    print(f"data      {config['data']}: {n_train:,} training, {n_test:,} test images of {size}")
+    print(f"data      {config['data']}: {n_train:,} training, {n_test:,} test samples of {size}")
     print(f"network   {config['arch']} {config['model']}: {n_e:,} excitatory and {n_i:,} inhibitory neurons, ", end="")
     print(f"{n_weights:,} parameters")
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]

@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import data
+import train
 
 
 def make_folder(root, counts, test="test", size=(40, 36)):
@@ -23,7 +24,7 @@ def make_folder(root, counts, test="test", size=(40, 36)):
 def test_digits():
     d = data.load("digits")
     assert d.train_x.shape == (1437, 1, 32, 32) and d.test_x.shape == (360, 1, 32, 32)
-    assert d.train_x.dtype == torch.uint8 and d.n_classes == 10 and d.in_channels == 1 and not d.augmented
+    assert d.train_x.dtype == torch.uint8 and d.n_classes == 10 and d.in_channels == 1 and d.augment is None
     assert d.train_x.max() == 255 and d.train_x.min() == 0
     total = np.bincount(load_digits().target)
     share = torch.bincount(d.test_y).numpy() / total
@@ -45,10 +46,10 @@ def test_folder_is_read_in_alphabetical_order_and_cached(tmp_path, test, monkeyp
     (root / "train" / "ant" / ".DS_Store").write_text("hidden files are no images")
     d = data.load("folder", root)
     assert d.train_y.tolist() == [0, 0, 0, 1, 1] and d.test_y.tolist() == [0, 0, 1] and d.n_classes == 2
-    assert d.train_x.shape == (5, 3, 32, 32) and d.augmented
+    assert d.train_x.shape == (5, 3, 32, 32) and d.augment is data.augment
     assert d.train_x[2, :, 5, 5].tolist() == [40, 20, 200] and d.train_x[4, :, 5, 5].tolist() == [0, 10, 200]
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", None)  # the second time nothing is decoded
+        patch.setattr(data, "_decode", lambda *_, **__: 1 / 0)  # the second time nothing is decoded
         again = data.load("folder", root)
     assert torch.equal(d.train_x, again.train_x) and torch.equal(d.test_x, again.test_x)
     Image.new("RGB", (9, 9), (1, 2, 3)).save(root / "train" / "wolf" / "01.png")
@@ -86,6 +87,61 @@ def test_bad_folders(tmp_path):
         data.load("folder", root)
 
 
+def make_tinyimagenet(root):
+    """As TinyImageNet is distributed, with a red and a green class of three images."""
+    colours = {"n02": (200, 0, 0), "n01": (0, 200, 0)}
+    for wnid, colour in colours.items():
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("boxes are no images\n")
+        for i in range(3):
+            Image.new("RGB", (64, 64), colour).save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+    (root / "val" / "images").mkdir(parents=True)
+    lines = []
+    for i, wnid in enumerate(["n02", "n01", "n01", "n02"]):
+        Image.new("RGB", (64, 64), colours[wnid]).save(root / "val" / "images" / f"val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
+    return root
+
+
+@pytest.mark.parametrize("folder", [".", "tiny-imagenet-200"])
+def test_tinyimagenet_as_distributed(tmp_path, folder, monkeypatch):
+    make_tinyimagenet(tmp_path / folder)
+    d = data.load("tinyimagenet", tmp_path)
+    assert d.train_x.shape == (6, 3, 32, 32) and d.n_classes == 2 and d.augment is data.augment
+    assert d.train_y.tolist() == [0, 0, 0, 1, 1, 1] and d.test_y.tolist() == [1, 0, 0, 1]
+    for x, y in ((d.train_x, d.train_y), (d.test_x, d.test_y)):
+        assert torch.equal((x[:, 0] > x[:, 1]).flatten(1).all(1), y == 1)  # n02 is red
+    monkeypatch.setattr(data, "_decode", lambda *_, **__: 1 / 0)  # the second time nothing is decoded
+    assert torch.equal(data.load("tinyimagenet", tmp_path).test_x, d.test_x)
+
+
+def test_bad_tinyimagenet(tmp_path):
+    with pytest.raises(ValueError, match=r"no TinyImageNet in .*unpack tiny-imagenet-200\.zip"):
+        data.load("tinyimagenet", tmp_path)
+    root = make_tinyimagenet(tmp_path)
+    annotations = root / "val" / "val_annotations.txt"
+    intact = annotations.read_text()
+    for line in ("val_9.JPEG\tn01\t0\n", "val_0.JPEG\tn03\t0\n", "val_0.JPEG\n", "\n"):
+        annotations.write_text(intact + line)
+        with pytest.raises(ValueError, match=r"val_annotations\.txt says '.*', but there is no"):
+            data.load("tinyimagenet", root)
+    annotations.write_text("")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt names no image"):
+        data.load("tinyimagenet", root)
+
+
+def test_recipes_of_tinyimagenet():
+    def of(*arguments):
+        config = train.settings(train.parse(["--data", "tinyimagenet", *arguments]))
+        return [config[k] for k in ("lr", "warmup_epochs", "warmup_from", "epochs", "batch_size", "T", "image_size")]
+
+    assert of("--arch", "resnet18") == [0.003, 10, 0.001, 300, 128, 4, 32]
+    for arch in ("vgg8", "vgg16"):  # as for CIFAR-100
+        cifar = train.settings(train.parse(["--data", "cifar100", "--arch", arch]))
+        assert of("--arch", arch)[:3] == [cifar[k] for k in ("lr", "warmup_epochs", "warmup_from")]
+
+
 def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
@@ -95,7 +151,8 @@ def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "CIFAR10", Fake)
     d = data.load("cifar10", tmp_path)
-    assert d.train_x.shape == (6, 3, 32, 32) and d.test_y.tolist() == [3, 3] and d.n_classes == 10 and d.augmented
+    assert d.train_x.shape == (6, 3, 32, 32) and d.test_y.tolist() == [3, 3] and d.n_classes == 10
+    assert d.augment is data.augment
     assert d.train_x[0, :, 4, 4].tolist() == [7, 7, 9]
     assert data.load("cifar10", tmp_path, image_size=48).train_x.shape == (6, 3, 48, 48)
 

@@ -26,7 +26,7 @@ def suite(tmp_path_factory):
         patch.setitem(model.PLANS, "vgg19", NARROW)
         whole = data.load("digits")
         few = data.Dataset(
-            whole.train_x[:64], whole.train_y[:64], whole.test_x[:40], whole.test_y[:40], 10, augmented=False
+            whole.train_x[:64], whole.train_y[:64], whole.test_x[:40], whole.test_y[:40], 10, augment=None
         )
         patch.setattr(data, "load", lambda *_, **__: few)
         folder = tmp_path_factory.mktemp("suite")
