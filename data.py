@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import socket
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -149,9 +150,18 @@ def _listing(folder):
     return files, torch.tensor(labels), classes
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # a huge image is an error like any other
+
+
 def _decode(file, size):
+    """An image file, of an animated one the first image, -> (3, size, size) uint8."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+            if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # a decoder fails on a foreign file in many ways; all of them mean the same
         raise ValueError(f"{file} cannot be read as an image: {error}") from None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from checkpoint import Run, StopRequest, free_folder, outcome, restore, run_name
+from checkpoint import Run, StopRequest, first_line, free_folder, restore, run_name
 from ei_init import initialize
 from inhibition import clamp_dale
 from model import ARCHS, KINDS, build, first_nonfinite, layers, population
@@ -44,28 +44,29 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        raise ValueError(message)
 
 
-def number(kind, low, name, text):
-    """A finite number of at least `low` (0: above it, for a float), as an argparse type."""
+def number(kind, low, high, name, text):
+    """A number from `low` to `high`, as an argparse type."""
     try:
         value = kind(text)
-        if math.isfinite(value) and value >= low:
+        if low <= value <= high:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
+    raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {name}")
 
 
-count = partial(number, int, 1, "a whole number of at least 1")
-positive = partial(number, float, sys.float_info.min, "a positive number")
-non_negative = partial(number, float, 0, "a number of at least 0")
-whole = partial(number, int, 0, "a whole number of at least 0")
+TINY, HUGE = 1e-30, 1e30  # what float32 can hold, and its square nearly
+count = partial(number, int, 1, 10**6, "a whole number of at least 1 and at most a million")
+positive = partial(number, float, TINY, HUGE, "a positive number")
+non_negative = partial(number, float, 0, HUGE, "a number of at least 0")
+whole = partial(number, int, 0, 2**31 - 1, "a whole number of at least 0 and below 2^31")
 
 
 def epsilon(text):
-    return text if text == "adaptive" else number(float, sys.float_info.min, "a positive number or 'adaptive'", text)
+    return text if text == "adaptive" else number(float, TINY, HUGE, "a positive number or 'adaptive'", text)
 
 
 def parse(argv=None):
@@ -81,10 +82,11 @@ def parse(argv=None):
     p.add_argument("--lr", type=positive, help="peak learning rate")
     p.add_argument("--weight-decay", type=non_negative)
     p.add_argument("--warmup-epochs", type=non_negative, help="epochs, or a fraction, of linear warm-up")
+    p.add_argument("--warmup-from", type=non_negative, help="learning rate of the first step (1e-7)")
     p.add_argument("--T", type=count, help="time steps (4)")
     p.add_argument("--eps", type=epsilon, help="'adaptive', or a constant added to I_div (adaptive)")
-    p.add_argument("--no-ste", dest="ste", action="store_const", const=False, help="no straight-through estimator")
-    p.add_argument("--no-grad-scaling", dest="grad_scaling", action="store_const", const=False, help="W_EI's, by 1/d")
+    p.add_argument("--ste", action=argparse.BooleanOptionalAction, help="straight-through estimator (yes)")
+    p.add_argument("--grad-scaling", action=argparse.BooleanOptionalAction, help="W_EI's, by 1/d (yes)")
     p.add_argument("--init", choices=["ei", "kaiming"], help="E-I Init, or absolute values of Kaiming's (ei)")
     p.add_argument("--seed", type=whole, help="0")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
@@ -112,9 +114,9 @@ def pick_device(name):
     """The device by name, or the fastest at hand."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from None
     return device
 
 
@@ -190,12 +192,14 @@ def train(run, config, dataset, model, device, resumed=None):
         model.parameters(), lr=config["lr"], momentum=MOMENTUM, weight_decay=config["weight_decay"], fused=True
     )
     step, sums, history = 0, torch.zeros(2, device=device), []
+    per_epoch = len(dataset.train_y) // config["batch_size"]
     if resumed:
         restore(model, resumed["model"], run.folder / "checkpoint.pt")
         restore(optimizer, resumed["optimizer"], run.folder / "checkpoint.pt")
         step, history = resumed["step"], resumed["history"]
         sums = torch.tensor(resumed["epoch_sums"], device=device)
-        run.write_metrics(history)
+        if step // per_epoch != len(history):
+            raise ValueError(f"{run.folder} is at step {step}, not in epoch {len(history) + 1}: its data have changed")
     elif config["init"] == "ei":
         initialize(model, training_batch(config, dataset, epoch_order(config, dataset, 0)[0], 0)[0])
 
@@ -203,7 +207,6 @@ def train(run, config, dataset, model, device, resumed=None):
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
         run.save(state | dict(epoch_sums=sums.tolist(), history=history))
 
-    per_epoch = len(dataset.train_y) // config["batch_size"]
     broken = None
     with StopRequest() as stop:
         while step < config["epochs"] * per_epoch and not broken:
@@ -236,10 +239,8 @@ def train(run, config, dataset, model, device, resumed=None):
             row |= dict(train_accuracy=correct / batches.numel(), test_loss=test_loss, test_accuracy=accuracy)
             row |= dict(seconds=round(time.perf_counter() - start, 2))
             row |= {f"rate_{i + 1}": round(r, 5) for i, r in enumerate(rates)}
-            best = max((r["test_accuracy"] for r in history), default=-1)
             history.append(row)
-            if accuracy > best:
-                run.save_best(dict(model=model.state_dict(), epoch=epoch + 1, accuracy=accuracy))
+            run.keep_best(model, row)
             sums.zero_()
             save()
             print(
@@ -249,24 +250,7 @@ def train(run, config, dataset, model, device, resumed=None):
             )
             if stop.signal:
                 return stop.signal
-    finish(run, config, dataset, history, broken)
-
-
-def finish(run, config, dataset, history, broken):
-    """Writes result.json and says how the run ended."""
-    accuracies = [row["test_accuracy"] for row in history]
-    result = dict(outcome=outcome(accuracies, dataset.n_classes, nonfinite=broken is not None))
-    if broken:
-        result["first_nonfinite_layer"] = broken
-    if history:
-        best = max(history, key=lambda row: row["test_accuracy"])
-        result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"], best_epoch=best["epoch"])
-        result |= dict(epochs=len(history), train_seconds=round(sum(row["seconds"] for row in history), 1))
-    result |= dict(torch=torch.__version__, config=config)
-    run.write_result(result)
-    last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
-    print(f"{result['outcome']}{last}, {sum(row['seconds'] for row in history):.0f} s of training")
-    print(f"run folder: {run.folder}   its figures: python visualize.py all {run.folder}")
+    run.finish(history, dataset.n_classes, broken)
 
 
 def header(config, dataset, model, device):
@@ -284,25 +268,22 @@ def header(config, dataset, model, device):
 
 
 def reopen(args, folder):
-    """An existing run; an option that contradicts it is refused. The data may have moved."""
+    """An existing run and its settings; an option that contradicts them is refused."""
     run = Run(folder)
-    try:
-        config = settings(argparse.Namespace(**run.config))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{run.folder / 'config.json'} is not of this version: {error}") from None
-    for key, value in vars(args).items():
-        if value is not None and key in config and key != "data_root" and value != config[key]:
-            raise ValueError(f"{folder} was made with {key}={config[key]}, not {value}")
-    return run, config | ({"data_root": args.data_root} if args.data_root else {})
+    return run, run.settings(lambda options: settings(parse(options)), vars(args))
 
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    args = parse(argv)
     try:
-        return command(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return command(parse(argv))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # an error of the program
+        print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
         return 2
 
 
@@ -323,7 +304,7 @@ def command(args):
     state = None
     if args.resume:
         run, config = reopen(args, args.resume)
-        state = run.load()
+        state = run.resume()
     else:
         config = settings(args)
     dataset, model = make(config, device)
