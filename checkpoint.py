@@ -20,6 +20,7 @@ import io
 import json
 import os
 import signal
+import sys
 import weakref
 from pathlib import Path
 
@@ -244,7 +245,9 @@ class Run:
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            raise ValueError(f"{self.folder} has no {name}: nothing was saved yet, or it is not a run folder") from None
+            raise ValueError(
+                f"{self.folder} has no {name}: nothing was saved yet (then delete it and start again), or it is no run"
+            ) from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         content = memoryview(raw)[:-SEAL]
@@ -312,16 +315,21 @@ def first_line(error):
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
     try:
-        if isinstance(module, torch.optim.Optimizer):  # settings are the run's own; only what was computed is restored
-            module.load_state_dict(module.state_dict() | dict(state=state["state"]))
-            for parameter, values in module.state.items():
-                for name, value in values.items():
-                    if value is not None and value.shape != parameter.shape:
-                        raise ValueError(f"{name} is of shape {(*value.shape,)}, not {(*parameter.shape,)}")
+        if isinstance(module, torch.optim.Optimizer):  # its settings are the run's; only what was computed is restored
+            parameters = enumerate(p for group in module.param_groups for p in group["params"])
+            trained = [
+                (i, p) for i, p in parameters if p.requires_grad and state["state"]
+            ]  # none before the first step
+            tensors = ((state["state"][i]["momentum_buffer"], p) for i, p in trained)
+            state = module.state_dict() | dict(state=state["state"])
         else:
-            module.load_state_dict(state)
+            tensors = ((state[name], expected) for name, expected in module.state_dict().items() if name in state)
+        for tensor, expected in tensors:
+            if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
+                raise ValueError(f"{tensor.dtype} of {(*tensor.shape,)} for {expected.dtype} of {(*expected.shape,)}")
+        module.load_state_dict(state)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} belongs to another network than its config.json says: {reason}") from None
 
 
@@ -365,6 +373,12 @@ class StopRequest:
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def leave(status):
+    """Ends the program. All is saved by now, so that a second Ctrl-C is no longer heard."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def outcome(accuracies, n_classes, nonfinite=False):

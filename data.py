@@ -151,13 +151,15 @@ def _listing(folder):
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # a huge image is an error like any other
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error, below
 
 
 def _decode(file, size):
     """An image file, of an animated one the first image, -> (3, size, size) uint8."""
     try:
         with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"it says that it has {image.width} x {image.height} pixels, which is too large")
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
             if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from checkpoint import Run, StopRequest, first_line, free_folder, restore, run_name
+from checkpoint import Run, StopRequest, first_line, free_folder, leave, restore, run_name
 from ei_init import initialize
 from inhibition import clamp_dale
 from model import ARCHS, KINDS, build, first_nonfinite, layers, population
@@ -93,7 +93,10 @@ def parse(argv=None):
     p.add_argument("--out", help="run folder (runs/<data>-<arch>-<model>-...)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if [] in vars(args).values():
+        p.error("'--' is no value")  # argparse lets it pass as an empty list
+    return args
 
 
 def settings(args):
@@ -207,6 +210,8 @@ def train(run, config, dataset, model, device, resumed=None):
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
         run.save(state | dict(epoch_sums=sums.tolist(), history=history))
 
+    if not resumed:
+        save()
     broken = None
     with StopRequest() as stop:
         while step < config["epochs"] * per_epoch and not broken:
@@ -322,4 +327,4 @@ def command(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
