@@ -317,13 +317,11 @@ def restore(module, state, path):
     try:
         if isinstance(module, torch.optim.Optimizer):  # its settings are the run's; only what was computed is restored
             parameters = enumerate(p for group in module.param_groups for p in group["params"])
-            trained = [
-                (i, p) for i, p in parameters if p.requires_grad and state["state"]
-            ]  # none before the first step
-            tensors = ((state["state"][i]["momentum_buffer"], p) for i, p in trained)
-            state = module.state_dict() | dict(state=state["state"])
+            values = state["state"]  # empty before the first step
+            tensors = [(values[i]["momentum_buffer"], p) for i, p in parameters if values and p.requires_grad]
+            state = module.state_dict() | dict(state=values)
         else:
-            tensors = ((state[name], expected) for name, expected in module.state_dict().items() if name in state)
+            tensors = [(state[name], expected) for name, expected in module.state_dict().items() if name in state]
         for tensor, expected in tensors:
             if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
                 raise ValueError(f"{tensor.dtype} of {(*tensor.shape,)} for {expected.dtype} of {(*expected.shape,)}")

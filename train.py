@@ -286,7 +286,7 @@ def main(argv=None):
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
             raise  # an error of the program
         print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
         return 2
@@ -294,10 +294,10 @@ def main(argv=None):
 
 def command(args):
     """Evaluates, resumes or trains, as asked; returns the exit status."""
-    if args.resume and args.eval:
+    if args.resume is not None and args.eval is not None:
         raise ValueError("--resume goes on with a training and --eval tests one: give one of them")
     device = pick_device(args.device)
-    if args.eval:
+    if args.eval is not None:
         run, config = reopen(args, args.eval)
         state = run.load("best.pt")
         dataset, model = make(config, device)
@@ -307,7 +307,7 @@ def command(args):
         print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))
         return 0
     state = None
-    if args.resume:
+    if args.resume is not None:
         run, config = reopen(args, args.resume)
         state = run.resume()
     else:
@@ -316,7 +316,7 @@ def command(args):
     size, n = config["batch_size"], len(dataset.train_y)
     if size > n:
         raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
-    if not args.resume:
+    if args.resume is None:
         run = Run.create(args.out or free_folder(run_name(config)), config)
     header(config, dataset, model, device)
     stopped = train(run, config, dataset, model, device, state)

@@ -141,6 +141,11 @@ def test_values_on_the_command_line(place, draw):
     shutil.rmtree(place / "new", ignore_errors=True)
 
 
+@pytest.mark.parametrize("option", ["--resume", "--eval"])
+def test_an_empty_name_is_no_run(place, option):
+    assert "not a run folder" in command([option, ""])[1]  # and not a new one
+
+
 # ---- image folders
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"]
