@@ -259,11 +259,11 @@ class Run:
             raise ValueError(f"{foreign}: {first_line(error)}") from None
         if part := misfit(state, kind):
             raise ValueError(f"{foreign}: {part} is missing in it or not what it should be")
-        for key in state["config"].keys() & (self.config or {}).keys() - {"data_root"}:
-            if state["config"][key] != self.config[key]:
+        for key, value in state["config"].items() if self.config is not None else ():
+            if key != "data_root" and value != self.config.get(key):
                 raise ValueError(
                     f"{path} belongs to another network or training than config.json says: it was saved with "
-                    f"{key}={state['config'][key]}, not {self.config[key]}"
+                    f"{key}={value}, not {self.config.get(key)}"
                 )
         return state
 

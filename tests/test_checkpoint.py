@@ -188,6 +188,9 @@ def test_settings_that_were_changed_are_refused(tmp_path):
     (tmp_path / "r" / "config.json").write_text(json.dumps(dict(lr=0.25, data_root="there")))
     with pytest.raises(ValueError, match=r"saved with lr=0\.5, not 0\.25"):
         Run(tmp_path / "r").load()
+    (tmp_path / "r" / "config.json").write_text("{}")  # nor may the recipe fill in what was left out
+    with pytest.raises(ValueError, match=r"saved with lr=0\.5, not None"):
+        Run(tmp_path / "r").load()
     (tmp_path / "r" / "config.json").write_text(json.dumps(dict(lr=0.5, data_root="there")))  # data may move
     assert Run(tmp_path / "r").load()["step"] == 3
 

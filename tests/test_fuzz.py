@@ -291,15 +291,14 @@ VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionari
 def test_settings_of_a_run_folder(place, draw):
     """Also when the checkpoint agrees with them."""
     with copy_of_the_run(place) as folder:
-        config = json.loads((folder / "config.json").read_text())
+        config, state = json.loads((folder / "config.json").read_text()), Run(folder).load()
         for _ in range(draw.draw(st.integers(1, 2))):
             key = draw.draw(st.sampled_from([*config, "help", "resume", "", "new key"]))
             config[key] = draw.draw(VALUES)
-            if draw.draw(st.integers(0, 4)) == 0:
+            if key != "epochs" and draw.draw(st.integers(0, 4)) == 0:  # the recipe's 300 would take a while
                 del config[key]
         (folder / "config.json").write_text(json.dumps(config))
         if draw.draw(st.booleans()):
-            state = Run.load(Run(folder, {}))
             (folder / "checkpoint.pt").write_bytes(checkpoint._sealed(state | dict(config=config)))
             (folder / "best.pt").unlink()
         command([draw.draw(st.sampled_from(["--resume", "--eval"])), folder])
