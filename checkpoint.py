@@ -1,41 +1,73 @@
 """The run folder: what a training writes, so that it can be stopped at any moment and goes on where it was.
 
-    config.json     every setting, written once
-    checkpoint.pt   the whole state of the training; all below but best.pt can be written again from it
-    best.pt         parameters of the epoch with the best test accuracy
-    metrics.csv     a line an epoch
-    histograms.json counts of I_int and of the membrane potential by layer (`model.histograms`), before the training
-                    and after each epoch
-    result.json     the outcome, when the run has ended
+    checkpoint.pt       the whole state of the training; all the others are written again from it when a run is resumed
+    checkpoint.prev.pt  the one before, for when that one turns out to be damaged
+    config.json         every setting, written once
+    best.pt             parameters of the epoch with the best test accuracy
+    metrics.csv         a line an epoch
+    histograms.json     how I_int and u of each layer are distributed (`model.histograms`), at the start and after each
+                        epoch
+    result.json         the outcome, when the run has ended
+    .lock               held by the process that trains, and let go by the system however that ends
 
 Every file is written under another name, brought to the disk and then renamed, so that at any moment each is either the
-old or the new one, whole. Random numbers are drawn from generators seeded by (seed, step), hence the state of a
-training is its parameters, the optimiser's, and a few counts; nothing else has to be restored.
+old or the new one, whole; the .pt files end in a SHA-256 of what precedes it. Random numbers are drawn from generators
+seeded by (seed, step), hence the state of a training is its parameters, the optimiser's, and a few counts; nothing else
+has to be restored, and on a CPU a resumed run ends with the same bits as one that was never stopped.
 """
 
+import argparse
 import csv
+import hashlib
 import io
 import json
 import os
+import re
 import signal
-import zipfile
+import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
 
-STATE = {
-    "model": dict,
-    "optimizer": dict,
-    "step": int,
-    "epoch_sums": list,
-    "history": list,
-    "histograms": list,
-}  # of checkpoint.pt
-BEST = {"model": dict, "epoch": int, "accuracy": float}  # of best.pt
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes from one folder
+    fcntl = None
+
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
+SEAL = hashlib.sha256().digest_size  # bytes
+# What the files must hold, and may hold more of; see `misfit`.
+BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict}
+ROW = {"epoch": int, "test_accuracy": float, "seconds": float}
+STATE = {"model": dict, "optimizer": {"state": dict}, "step": int, "epoch_sums": (float, float), "history": [ROW]}
+STATE |= {"histograms": list, "config": dict, "best": [BEST_STATE]}  # best: empty before the first epoch's end
 
 
-def write_atomically(path, data):
+def misfit(value, kind, name="it"):
+    """The name of the first part of `value` that is not of its kind; None if all are.
+
+    A kind is a type (float: any number), a dict of kinds, a list of one kind for all elements, or a tuple of kinds for
+    a list of that length.
+    """
+    if isinstance(kind, dict):
+        parts = [(value.get(k), of, k) for k, of in kind.items()] if isinstance(value, dict) else None
+    elif isinstance(kind, list):
+        parts = [(v, kind[0], name) for v in value] if isinstance(value, list) else None
+    elif isinstance(kind, tuple):
+        fits = isinstance(value, list) and len(value) == len(kind)
+        parts = [(v, of, name) for v, of in zip(value, kind, strict=True)] if fits else None
+    else:
+        parts = [] if isinstance(value, (int, float) if kind is float else kind) else None
+    return name if parts is None else next(filter(None, (misfit(*part) for part in parts)), None)
+
+
+def write_atomically(path, data, previous=None):
     """Writes bytes to a file so that it is never seen half written; what was there stays if that fails.
+
+    Args:
+        previous: a path to which the old file is moved, rather than being replaced.
 
     Raises:
         OSError: a full disk, a folder that cannot be written.
@@ -46,7 +78,9 @@ def write_atomically(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
     except OSError as error:
         try:
             temporary.unlink(missing_ok=True)
@@ -58,76 +92,112 @@ def write_atomically(path, data):
 class Run:
     """A run folder.
 
+    `Run.create` makes a new one and `resume` goes on with one that is there: both lock it, for as long as the object
+    lives. `Run(folder)` alone reads, also while another process trains.
+
     Args:
-        folder: its path. `Run.create` makes a new one, `Run(folder)` opens one that is there.
+        folder: its path.
 
     Raises:
-        ValueError, OSError: no such run, or a damaged one.
+        ValueError, OSError: no such run, or one that is damaged beyond repair, or in use.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, config=None):
+        self.folder, self.best = Path(folder), []
+        self.config = config  # as config.json has it
+        self.writes = False  # a process that has not locked the folder does not
+        self.mended = False  # whether that is to be written again
+        if config is None:
+            self.config = self._read_config()
+
+    def _read_config(self):
+        path = self.folder / "config.json"
         try:
-            self.config = json.loads((self.folder / "config.json").read_text())
-            if not isinstance(self.config, dict):
+            config = json.loads(path.read_text())
+            if not isinstance(config, dict):
                 raise ValueError("it holds no settings")
-        except FileNotFoundError:
-            raise ValueError(f"{folder} is not a run folder: it has no config.json") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder / 'config.json'} cannot be read: {error}") from None
+            return config
+        except (OSError, ValueError, RecursionError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = f"{path} cannot be read: {first_line(error)}"
+        try:
+            config = self.load()["config"]
+        except ValueError:
+            reason = f"{self.folder} is not a run folder: it has no config.json" if missing else reason
+            raise ValueError(reason) from None
+        print(f"{reason}; the settings in the checkpoint are used")
+        self.mended = True
+        return config
 
     @classmethod
     def create(cls, folder, config):
         """A new folder that holds `config`. One that already holds a run is refused, unless it was stopped before it
         saved anything and had the same settings."""
         folder = Path(folder)
-        if (folder / "checkpoint.pt").exists() or ((folder / "config.json").exists() and cls(folder).config != config):
-            raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make the run folder {folder}: {error.strerror}") from None
+        run = cls(folder, json.loads(_json(config)))
+        run.lock()
+        if holds_run(folder) and (saved(folder) or cls(folder).config != run.config):
+            raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --out")
         write_atomically(folder / "config.json", _json(config))
-        return cls(folder)
+        return run
+
+    def lock(self):
+        """Keeps the folder from other processes until this object or the process is gone; only now it is written."""
+        self.writes = True
+        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, file)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder} is in use: another process trains in it; wait for its end") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def settings(self, check, given, free=("data_root",)):
+        """The settings of an existing run, checked as those of the command line are.
+
+        Args:
+            check: takes a list of command-line options and returns all settings, or raises a ValueError.
+            given: what is asked for now, by name; None is nothing. It may not contradict the settings.
+            free: names for which it may, and counts. Data may have moved.
+        """
+        path, known = self.folder / "config.json", check([])
+        try:
+            if unknown := self.config.keys() - known:
+                raise ValueError(f"there is no setting {min(unknown)!r}")
+            config = check([_option(*item) for item in self.config.items()])
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged or of another version: {error}; correct it, or delete it if there is a "
+                f"{CHECKPOINT}, which holds the settings too"
+            ) from None
+        for key, value in given.items():
+            if value is not None and key in config and key not in free and value != config[key]:
+                raise ValueError(f"{self.folder} was made with {key}={config[key]}, not {value}")
+        return config | {key: given[key] for key in free if given.get(key) is not None}
+
+    def keep_best(self, model, row):
+        """Remembers the network if this epoch's row of the history has the best test accuracy so far."""
+        if not self.best or row["test_accuracy"] > self.best[0]["accuracy"]:
+            copy = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
+            self.best = [dict(model=copy, epoch=row["epoch"], accuracy=row["test_accuracy"], config=self.config)]
 
     def save(self, state):
-        """Writes checkpoint.pt, then metrics.csv and histograms.json from the history in it."""
-        self._save("checkpoint.pt", state)
-        self.write_history(state)
+        """Writes checkpoint.pt, keeping the one before, then what follows from it: best.pt if new, and the rest."""
+        if not self.writes:
+            return
+        state = state | dict(config=self.config, best=self.best)
+        write_atomically(self.folder / CHECKPOINT, _sealed(state), self.folder / PREVIOUS)
+        self._derive(state, new=self.best and self.best[0]["epoch"] == len(state["history"]))
 
-    def save_best(self, state):
-        """Writes best.pt."""
-        self._save("best.pt", state)
-
-    def _save(self, name, state):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.folder / name, buffer.getbuffer())
-
-    def load(self, name="checkpoint.pt"):
-        """The state in checkpoint.pt or best.pt, tensors on the CPU. Nothing in the file is executed.
-
-        Raises:
-            ValueError: the file is absent, truncated, changed (its checksums are compared), or of something else.
-        """
-        path = self.folder / name
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"checksum of {damaged} is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"{self.folder} has no {name}: nothing was saved yet, or it is not a run folder") from None
-        except Exception as error:  # a damaged file fails in many ways; a foreign pickle is refused here too
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{path} is damaged or not a checkpoint of this project: {reason}") from None
-        for key, kind in (STATE if name == "checkpoint.pt" else BEST).items():
-            if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-                raise ValueError(f"{path} is not a checkpoint of this project: it has no {key!r}")
-        return state
-
-    def write_history(self, state):
-        """Writes metrics.csv, a header and a line for each epoch's dict in the history, and histograms.json."""
+    def _derive(self, state, new):
+        if new:
+            write_atomically(self.folder / BEST, _sealed(self.best[0]))
         history, text = state["history"], io.StringIO()
         if history:
             writer = csv.DictWriter(text, history[0], lineterminator="\n")
@@ -136,28 +206,158 @@ class Run:
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
         write_atomically(self.folder / "histograms.json", json.dumps(state["histograms"]).encode() + b"\n")
 
-    def write_result(self, result):
-        """Writes result.json."""
-        write_atomically(self.folder / "result.json", _json(result))
+    def resume(self):
+        """Locks the folder, makes it whole, and returns the newest state that is intact."""
+        self.lock()
+        name, state = self._newest()
+        if name == PREVIOUS:  # or the next save would put the damaged one in its place
+            os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
+        self.best = state["best"]
+        if self.mended:
+            write_atomically(self.folder / "config.json", _json(self.config))
+        self._derive(state, new=self.best)
+        return state
+
+    def load(self, name=CHECKPOINT):
+        """The state in checkpoint.pt, or the one before if that is damaged; or what is, or should be, in best.pt.
+
+        Tensors are on the CPU. Nothing in the file is executed. What is used in place of a damaged file is printed.
+
+        Raises:
+            ValueError: no such file is intact (their checksums are compared), or it is of something else.
+        """
+        if name == CHECKPOINT:
+            return self._newest()[1]
+        try:
+            return self._read(name, BEST_STATE)
+        except ValueError as error:
+            try:
+                state = self._newest()[1]["best"][0]
+            except (ValueError, IndexError):
+                raise error from None
+            print(f"{error}; the copy in the checkpoint is used")
+            return state
+
+    def _newest(self):
+        """(name, state) of checkpoint.pt, or of the one before it."""
+        try:
+            return CHECKPOINT, self._read(CHECKPOINT, STATE)
+        except ValueError as error:
+            try:
+                state = self._read(PREVIOUS, STATE)
+            except ValueError:
+                raise error from None
+            print(f"{error}; the one before is used, of step {state['step']}")
+            return PREVIOUS, state
+
+    def _read(self, name, kind):
+        path = self.folder / name
+        foreign = f"{path} is damaged or not a checkpoint of this project"
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.folder} has no {name}: nothing was saved yet (then delete it and start again), or it is no run"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        content = memoryview(raw)[:-SEAL]
+        if hashlib.sha256(content).digest() != raw[-SEAL:]:
+            raise ValueError(f"{foreign}: its checksum is wrong")
+        try:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # a foreign pickle fails in many ways, and is refused here too
+            raise ValueError(f"{foreign}: {first_line(error)}") from None
+        if part := misfit(state, kind):
+            raise ValueError(f"{foreign}: {part} is missing in it or not what it should be")
+        for key, value in state["config"].items() if self.config is not None else ():
+            if key != "data_root" and value != self.config.get(key):
+                raise ValueError(
+                    f"{path} belongs to another network or training than config.json says: it was saved with "
+                    f"{key}={value}, not {self.config.get(key)}"
+                )
+        return state
+
+    def finish(self, history, n_classes, broken=None):
+        """Writes result.json and says how the run ended.
+
+        Args:
+            history: a dict for each epoch.
+            n_classes: chance is 1 / n_classes.
+            broken: the layer that was not finite, if the training ended by that.
+        """
+        accuracies = [row["test_accuracy"] for row in history]
+        seconds = sum(row["seconds"] for row in history)
+        result = dict(outcome=outcome(accuracies, n_classes, nonfinite=broken is not None))
+        if broken:
+            result["first_nonfinite_layer"] = broken
+        if history:
+            best = max(history, key=lambda row: row["test_accuracy"])
+            result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"])
+            result |= dict(best_epoch=best["epoch"], epochs=len(history), train_seconds=round(seconds, 1))
+        result |= dict(torch=torch.__version__, config=self.config)
+        if self.writes:
+            write_atomically(self.folder / "result.json", _json(result))
+        last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
+        print(f"{result['outcome']}{last}, {seconds:.0f} s of training")
+        print(f"run folder: {self.folder}   its figures: python visualize.py all {self.folder}")
 
 
 def _json(value):
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def _sealed(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    return buffer.getbuffer()
+
+
+def _option(key, value):
+    """A setting as the command-line option that gives it."""
+    name = key.replace("_", "-")
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
     try:
+        if isinstance(module, torch.optim.Optimizer):  # its settings are the run's; only what was computed is restored
+            parameters = enumerate(p for group in module.param_groups for p in group["params"])
+            values = state["state"]  # empty before the first step
+            tensors = [(values[i]["momentum_buffer"], p) for i, p in parameters if values and p.requires_grad]
+            state = module.state_dict() | dict(state=values)
+        else:
+            tensors = [(state[name], expected) for name, expected in module.state_dict().items() if name in state]
+        for tensor, expected in tensors:
+            if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
+                raise ValueError(f"{tensor.dtype} of {(*tensor.shape,)} for {expected.dtype} of {(*expected.shape,)}")
         module.load_state_dict(state)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} belongs to another network than its config.json says: {reason}") from None
+
+
+def saved(folder):
+    """Whether a folder holds a checkpoint."""
+    return any((Path(folder) / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+
+def holds_run(folder):
+    """Whether there is a run in a folder, or what is left of one."""
+    return saved(folder) or (Path(folder) / "config.json").exists()
 
 
 def free_folder(folder):
     """`folder` if no run is there yet, else the first of folder-2, folder-3, ... without one."""
     n, candidate = 1, Path(folder)
-    while (candidate / "config.json").exists():
+    while holds_run(candidate):
         n += 1
         candidate = Path(f"{folder}-{n}")
     return candidate
@@ -191,6 +391,45 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def leave(status):
+    """Ends the program. All is saved by now, so that a second Ctrl-C is no longer heard."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are ValueErrors of one line, as those of a config.json are."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, low, high, name, text):
+    """A number from `low` to `high`, as an argparse type."""
+    try:
+        value = kind(text)
+        if low <= value <= high:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {name}")
+
+
+TINY, HUGE = 1e-30, 1e30  # what float32 can hold, and its square nearly
+count = partial(number, int, 1, 10**6, "a whole number of at least 1 and at most a million")
+positive = partial(number, float, TINY, HUGE, "a positive number")
+non_negative = partial(number, float, 0, HUGE, "a number of at least 0")
+whole = partial(number, int, 0, 2**31 - 1, "a whole number of at least 0 and below 2^31")
+
+
+def epsilon(text):
+    return text if text == "adaptive" else number(float, TINY, HUGE, "a positive number or 'adaptive'", text)
+
+
 def outcome(accuracies, n_classes, nonfinite=False):
     """What became of a run, in the words of the paper's table on epsilon.
 
@@ -200,11 +439,12 @@ def outcome(accuracies, n_classes, nonfinite=False):
         nonfinite: the training ended, in the epoch after these, because a value became infinite or NaN.
 
     Returns:
-        "failed to converge": never above twice chance. "collapsed (epoch N)": it was, and from epoch N (counted from 1)
-        on stayed at most at 1.5 times chance, or became non-finite in epoch N. Else "converged".
+        "failed to converge": never above twice chance (of two classes, halfway from chance to 1). "collapsed (epoch
+        N)": it was, and from epoch N (counted from 1) on stayed at most at 1.5 times chance, or became non-finite in
+        epoch N. Else "converged".
     """
     chance = 1 / n_classes
-    if not any(a > 2 * chance for a in accuracies):
+    if not any(a > min(2 * chance, (1 + chance) / 2) for a in accuracies):
         return "failed to converge"
     low = len(accuracies)
     while accuracies[low - 1] <= 1.5 * chance:

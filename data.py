@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import socket
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -282,9 +283,20 @@ def _listing(folder, inner=""):
     return files, torch.tensor(labels), classes
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error, below
+
+
 def _decode(file, size):
+    """An image file, of an animated one the first image, -> (3, size, size) uint8."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"it says that it has {image.width} x {image.height} pixels, which is too large")
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+            if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # a decoder fails on a foreign file in many ways; all of them mean the same
         raise ValueError(f"{file} cannot be read as an image: {error}") from None
@@ -405,3 +417,19 @@ def _crop_and_flip(x, generator, smallest):
         chosen.append((first + (torch.arange(S, device=x.device) + 0.5) * side / S).long())
     rows, columns = chosen
     return rows, torch.where(uniform(0, 1) < 0.5, columns, columns.flip(1))
+
+
+def epoch_order(config, dataset, epoch):
+    """The batches of an epoch, indices of samples, the incomplete last one left out: (batches, batch size)."""
+    n, size = len(dataset.train_y), config["batch_size"]
+    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=generator)[: n // size * size]
+    return order.view(-1, size).to(dataset.train_y.device)
+
+
+def training_batch(config, dataset, indices, step):
+    """Input and labels of a step. The augmentation depends on seed and step alone, so a resumed run repeats it."""
+    x = to_input(dataset.train_x[indices])
+    if dataset.augment:
+        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] << 32) + step))
+    return x, dataset.train_y[indices]
