@@ -142,7 +142,7 @@ def learning_rate(config, step, steps_per_epoch):
 
 
 def train_step(model, optimizer, x, y, lr, clip_norm=0):
-    """One step of SGD, then Dale's law. Returns loss and number of correct answers, left on the device."""
+    """One step of SGD, then Dale's law. Returns loss and accuracy, left on the device."""
     optimizer.param_groups[0]["lr"] = lr
     logits = model(x)
     loss = F.cross_entropy(logits, y)
@@ -152,7 +152,7 @@ def train_step(model, optimizer, x, y, lr, clip_norm=0):
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     clamp_dale(model)
-    return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum()])
+    return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def train(run, config, dataset, model, device, resumed=None):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config["lr"], momentum=MOMENTUM, weight_decay=config["weight_decay"], fused=True
     )
-    # A read waits for a GPU, hence one in 20 steps: loss, correct answers, and whether to stop.
+    # A read waits for a GPU, hence one in 20 steps: sums over steps of loss and accuracy, and whether to stop.
     read_every, per_epoch = 1 if device.type == "cpu" else 20, len(dataset.train_y) // config["batch_size"]
     step, sums, history, recorded = 0, torch.zeros(3, device=device), [], []
     sample = data.to_input(dataset.test_x[:: -(-len(dataset.test_x) // 64)])  # for the histograms: of every class
@@ -191,7 +191,7 @@ def train(run, config, dataset, model, device, resumed=None):
         restore(model, resumed["model"], run.folder / "checkpoint.pt")
         restore(optimizer, resumed["optimizer"], run.folder / "checkpoint.pt")
         step, history, recorded = resumed["step"], resumed["history"], resumed["histograms"]
-        sums[:2] = torch.tensor(resumed["epoch_sums"], device=device) / world
+        sums[:2] = torch.tensor(resumed["epoch_sums"], device=device)
         if step // per_epoch != len(history):
             raise ValueError(f"{run.folder} is at step {step}, not in epoch {len(history) + 1}: its data have changed")
     else:
@@ -219,34 +219,33 @@ def train(run, config, dataset, model, device, resumed=None):
                 if (i + 1) % read_every and i + 1 < per_epoch:
                     continue
                 sums[2] = stop.signal is not None
-                totals = sums.clone()
+                totals = sums / world
                 if world > 1:
                     dist.all_reduce(totals)
-                loss, correct, stopped = totals.tolist()
+                loss, accuracy, stopped = totals.tolist()
                 if not math.isfinite(loss):
                     bar.close()
                     broken = first_nonfinite(model, x)
                     print(f"epoch {epoch + 1}: the loss is not finite; first layer with such values: {broken}")
                     return run.finish(history, dataset.n_classes, broken)
                 bar.update(i + 1 - bar.n)
-                seen, rate = (i + 1) * len(y), (i + 1 - first) * len(y) / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {correct / seen:.3f}, {rate:.0f} images/s")
+                rate = (i + 1 - first) * len(y) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}, {rate:.0f} images/s")
                 if stopped and i + 1 < per_epoch:
                     bar.close()
-                    save([loss, correct])
+                    save([loss, accuracy])
                     return stop.signal or signal.SIGTERM  # of another process
             bar.close()
+            row = dict(epoch=epoch + 1, lr=lr, train_loss=loss / per_epoch, train_accuracy=accuracy / per_epoch)
             test_loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
-            seconds, loss = round(time.perf_counter() - start, 2), loss / per_epoch
-            row = dict(epoch=epoch + 1, lr=lr, train_loss=loss, train_accuracy=correct / seen, test_loss=test_loss)
-            row |= dict(test_accuracy=accuracy, seconds=seconds)
+            row |= dict(test_loss=test_loss, test_accuracy=accuracy, seconds=round(time.perf_counter() - start, 2))
             history.append(row | {f"rate_{i + 1}": round(r, 5) for i, r in enumerate(rates)})
             recorded.append(histograms(model, sample))
             run.keep_best(model, row)
             sums.zero_()
             save([0.0, 0.0])
-            print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  test accuracy {accuracy:.2%}  {seconds:.0f} s", end="  ")
-            print("firing rates", " ".join(f"{r:.3f}" for r in rates), flush=True)
+            print(f"epoch {epoch + 1:3d}  loss {row['train_loss']:.4f}  test accuracy {accuracy:.2%}", end="  ")
+            print(f"{row['seconds']:.0f} s  firing rates", " ".join(f"{r:.3f}" for r in rates), flush=True)
             if stopped or (world == 1 and stop.signal):
                 return stop.signal or signal.SIGTERM
     return run.finish(history, dataset.n_classes)
@@ -281,7 +280,8 @@ def main(argv=None):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
             raise  # an error of the program
-        print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
         return 2
 
 
