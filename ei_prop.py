@@ -10,16 +10,15 @@
 """
 
 import torch
+import torch.nn.functional as F
 
 
-def _replaced(i_div):
-    """i_div with each 0 replaced by the smallest positive value of its sample; inf where a sample has none."""
-    positive = i_div > 0
-    lent = torch.where(positive, i_div, torch.inf).amin(tuple(range(1, i_div.dim())), keepdim=True)
-    return torch.where(positive, i_div, lent)
+def smallest_positive(i_div):
+    """The smallest positive value of each sample, (N, ...) -> (N, 1, ...); infinite where a sample has none."""
+    return F.threshold(i_div, 0, torch.inf).amin(tuple(range(1, i_div.dim())), keepdim=True)
 
 
-def stabilize(i_div, eps="adaptive", ste=True):
+def stabilize(i_div, eps="adaptive", ste=True, silent=1.0):
     """I_div made safe to divide by (paper, E-I Prop: adaptive stabilization and straight-through estimator).
 
     Args:
@@ -27,37 +26,17 @@ def stabilize(i_div, eps="adaptive", ste=True):
         eps: "adaptive": each 0 becomes the smallest positive value of its sample, all else stays as it is. A number:
             the alternative that the paper argues against, i_div + eps.
         ste: backward, the replacement is the identity. False: it is differentiated (the paper's ablation).
+        silent: what a sample without any positive value, which has none to lend, becomes with "adaptive".
 
     Returns:
-        (N, ...), positive and finite. A sample without any positive value has none to lend and becomes 1; the circuit
-        gives such a sample I_int = b_E (`divide`).
+        (N, ...), positive and, but for an infinite `silent`, finite.
     """
     if eps != "adaptive":
         return i_div + eps
-    if not ste:
-        divisor = _replaced(i_div)
-        return torch.where(divisor.isinf(), 1.0, divisor)
-    divisor = _replaced(i_div.detach())
-    return i_div + (torch.where(divisor.isinf(), 1.0, divisor) - i_div).detach()
-
-
-class _DivideSTE(torch.autograd.Function):
-    """q = current / divisor, where the divisor stands for I_div also backward: dL/dcurrent = g / divisor and
-    dL/dI_div = -q g / divisor, written out for their memory traffic."""
-
-    @staticmethod
-    def forward(ctx, current, i_div, eps):
-        divisor = _replaced(i_div) if eps == "adaptive" else i_div + eps
-        quotient = current / divisor
-        ctx.save_for_backward(divisor, quotient)
-        return quotient
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        divisor, quotient = ctx.saved_tensors
-        grad = grad / divisor
-        return grad, torch.mul(grad, quotient).neg_(), None
+    lent = smallest_positive(i_div.detach() if ste else i_div)
+    lent = torch.where(lent.isinf(), silent, lent)
+    divisor = torch.maximum(i_div, lent)  # nothing that is positive is smaller than what is lent
+    return i_div + (divisor - i_div).detach() if ste else divisor
 
 
 def divide(current, i_div, eps="adaptive", ste=True):
@@ -71,9 +50,55 @@ def divide(current, i_div, eps="adaptive", ste=True):
         (N, ...), finite. In a sample in which nothing inhibits the divisor is infinite, so that the quotient and both
         gradients are 0.
     """
-    if ste or eps != "adaptive":
-        return _DivideSTE.apply(current, i_div, eps)
-    return current / _replaced(i_div)
+    return current / stabilize(i_div, eps, ste, silent=torch.inf)
+
+
+class _GainControl(torch.autograd.Function):
+    """With q = balanced / I_div, g = dL/dI_int and, straight through, the stabilized divisor in place of I_div:
+
+        dL/dbalanced = g / I_div      dL/dI_div = -q g / I_div      dL/ds_I = W^T dL/dI_div      dL/dW = dL/dI_div s_I^T
+
+    Every position is a row of a matrix. Of the forward pass the input and the divisor are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, currents, w, b_e, eps):
+        balanced, s_i = currents.flatten(0, -2).split([w.shape[0], w.shape[1]], 1)
+        i_div = s_i @ w.t()
+        if eps == "adaptive":
+            sample = i_div.view(len(currents), -1)
+            torch.maximum(sample, smallest_positive(sample), out=sample)  # stabilize(i_div), in its place
+        else:
+            i_div += eps
+        ctx.save_for_backward(balanced, s_i, i_div, w)
+        return torch.addcdiv(b_e, balanced, i_div).view(*currents.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        balanced, s_i, i_div, w = ctx.saved_tensors
+        grad_currents = grad.new_empty(*grad.shape[:-1], sum(w.shape))
+        grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
+        grad = grad.reshape(-1, w.shape[0])
+        torch.div(grad, i_div, out=grad_balanced)  # both gradients go where one convolution's gradient is needed
+        minus_grad_div = torch.mul(grad_balanced, balanced).div_(i_div)
+        torch.mm(minus_grad_div, -w, out=grad_s_i)
+        return grad_currents, minus_grad_div.t() @ -s_i, grad.sum(0), None
+
+
+def gain_control(currents, w, b_e, eps="adaptive"):
+    """divide(balanced, w s_I, eps) + b_E in few passes over memory, which is what it costs: I_int.
+
+    Args:
+        currents: (N, ..., n_E + n_I): the balanced current g_E (I_EE - I_sub) and s_I of each position, side by side.
+        w: (n_E, n_I), the synapses of divisive inhibition, W_EI with g_I in it.
+        b_e: (n_E,).
+        eps: as for `stabilize`; the estimator is straight-through.
+
+    Returns:
+        (N, ..., n_E).
+    """
+    return _GainControl.apply(currents, w, b_e, eps)
 
 
 class _ScaleGradient(torch.autograd.Function):

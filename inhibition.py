@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ei_prop import divide, scale_gradient
+from ei_prop import divide, gain_control, scale_gradient
 
 
 class EICircuit(nn.Module):
@@ -105,9 +105,12 @@ class EICircuit(nn.Module):
             return self._synapses(x, w_balanced)
         w_balanced = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w_balanced  # g_E scales what the division scales
         # One pass over x serves both populations.
-        balanced, i_ie = self._synapses(x, torch.cat([w_balanced, w_ie])).split([self.n_e, self.n_i], 1)
-        i_div = self._local(i_ie, w_ei * g_i)  # g_I goes with the synapse instead of the activity
-        return divide(balanced, i_div, self.eps, self.ste) + self.b_e.view(-1, *[1] * (x.dim() - 2))
+        currents = self._synapses(x, torch.cat([w_balanced, w_ie]))
+        w_div = w_ei * g_i  # g_I goes with the synapse instead of the activity
+        if self.ste or self.eps != "adaptive":
+            return gain_control(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
+        balanced, s_i = currents.split([self.n_e, self.n_i], 1)
+        return divide(balanced, self._local(s_i, w_div), self.eps, self.ste) + self.b_e.view(-1, *[1] * (x.dim() - 2))
 
     def extra_repr(self):
         return f"fan_in={self.fan_in}, n_e={self.n_e}, n_i={self.n_i}" + ", readout" * self.readout
@@ -144,10 +147,22 @@ class EICircuit2d(EICircuit):
         self.stride, self.padding = stride, padding
 
     def _synapses(self, x, w):
+        if x.is_cpu and x.shape[2:] == (2, 2) and (*w.shape[2:], self.stride, self.padding) == (3, 3, 1, 1):
+            return _conv_2x2(x, w)
         return F.conv2d(x, w, stride=self.stride, padding=self.padding)
 
     def _local(self, s, w):
         return F.conv2d(s, w[:, :, None, None])
+
+
+def _conv_2x2(x, w):
+    """A 3x3 convolution with padding on 2x2 maps, where a VGG ends, as one matrix product. Exact: each position q is
+    reached from each position p by one of the kernel's weights; the other 20 of its 36 products meet the padding."""
+    place = torch.tensor([0, 1, 3, 4])  # of the four positions in a 3x3 grid whose middle is number 4
+    tap = 4 + place[:, None] - place  # p, q
+    w_pq = w.permute(2, 3, 1, 0).flatten(0, 1).index_select(0, tap.flatten()).unflatten(0, (4, 4))  # p, q, in, out
+    rows = x.permute(0, 2, 3, 1).flatten(1) @ w_pq.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return rows.view(-1, 2, 2, w.shape[0]).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ei_prop import divide, scale_gradient, stabilize
+from ei_prop import divide, gain_control, scale_gradient, stabilize
 
 # One sample each: no zeros, some zeros, silent.
 I_DIV = torch.tensor([[[3.0, 2.0], [5.0, 4.0]], [[0.0, 0.5], [2.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
@@ -66,6 +66,23 @@ def test_divide_is_the_quotient_forward_and_backward(shape, eps, ste):
     heard = slice(1 if eps == "adaptive" else 0, None)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad[heard], b.grad[heard])
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3, 3)])
+@pytest.mark.parametrize("eps", ["adaptive", 1e-3])
+def test_gain_control_is_the_division_and_b_e(shape, eps):
+    n_e, n_i = 8, 2
+    currents = torch.rand(*shape, n_e + n_i, dtype=torch.double)
+    currents[..., n_e:] *= torch.rand(*shape, 1) < 0.6  # positions without inhibition
+    currents[0, ..., n_e:], currents[1, ..., n_e:] = 0, 0.5  # a silent sample, one without zeros
+    w, b_e = torch.rand(n_e, n_i, dtype=torch.double), torch.randn(n_e, dtype=torch.double)
+    inputs = [t.requires_grad_() for t in (currents, w, b_e)]
+    fused = gain_control(*inputs, eps)
+    plain = divide(currents[..., :n_e], currents[..., n_e:] @ w.t(), eps) + b_e
+    grad = torch.randn_like(plain)
+    torch.testing.assert_close(fused, plain)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, grad) for out in (fused, plain)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_scale_gradient():

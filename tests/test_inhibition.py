@@ -40,6 +40,18 @@ def test_forward_equals_the_equations(kind, density, readout, options):
         assert relative_error(a, b) < 1e-4
 
 
+def test_a_2x2_map_as_one_product_equals_the_convolution():
+    x = torch.rand(3, 5, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    circuit = EICircuit2d(5, 8, 3, padding=1)
+    w = torch.randn(7, 5, 3, 3, requires_grad=True)
+    fast, slow = circuit._synapses(x, w), torch.nn.functional.conv2d(x, w, padding=1)
+    assert not torch.equal(fast, slow)  # rounded differently, so the other form was taken
+    assert relative_error(fast, slow) < 1e-6
+    grad = torch.randn_like(slow)
+    for a, b in zip(*(torch.autograd.grad(out, (x, w), grad) for out in (fast, slow)), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
 def test_currents_are_the_equations_by_hand():
     circuit = EICircuit(3, 2)  # one inhibitory neuron
     with torch.no_grad():
