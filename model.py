@@ -186,7 +186,6 @@ def build(
         raise ValueError(f"sizes must be at least 1, not in_channels={in_channels}, n_classes={n_classes}, T={T}")
     if plan is None and image_size < 32:
         raise ValueError(f"images of {image_size}x{image_size} pixels are too small: {arch} needs 32x32 or more")
-    keep_memory()
     options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling)
     conv = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)[kind]
     options = options if kind == "ei" else dict(ei_ratio=ei_ratio) if kind == "dann" else {}

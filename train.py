@@ -25,7 +25,7 @@ from checkpoint import Parser, Run, StopRequest, first_line, free_folder, leave,
 from data import epoch_order, training_batch
 from ei_init import initialize
 from inhibition import clamp_dale
-from model import ARCHS, KINDS, build, first_nonfinite, histograms, layers, population
+from model import ARCHS, KINDS, build, first_nonfinite, histograms, keep_memory, layers, population
 
 # The paper's recipes: SGD, momentum 0.9, cosine to 0 by iteration after a linear warm-up from `warmup_from`.
 RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, T=4, image_size=32)
@@ -290,6 +290,7 @@ def command(args):
     if sum(asked is not None for asked in (args.resume, args.eval, args.suite)) > 1:
         raise ValueError("--resume goes on with a training, --eval tests one, --suite trains many: give one of them")
     device = pick_device(args.device)
+    keep_memory()
     if args.suite:
         return suite(args, device)
     if args.resume is not None:
