@@ -408,6 +408,21 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def status(command):
+    """Calls a command line's function and returns its exit status; what the user can mend ends in one line and 2."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+            raise  # an error of the program
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
+        return 2
+
+
 def number(kind, low, high, name, text):
     """A number from `low` to `high`, as an argparse type."""
     try:

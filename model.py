@@ -10,6 +10,7 @@ import sys
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
@@ -280,6 +281,72 @@ def histograms(model, x):
 
     observe(model, x, lambda i, current, u, spikes: found.append(dict(i_int=count(current), u=count(u))))
     return found
+
+
+@torch.no_grad()
+def costs(model, x):
+    """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
+
+    firing_rate: spikes per neuron and time step; of the readout, None.
+    accumulates: synaptic operations per image: each presynaptic spike is added once at each of its targets, excitatory
+        and inhibitory (W_EE, W_IE). What pooling has averaged counts by its average, as in rate times operations.
+    multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer (once, where the
+        image is the same at each step) and all of DANN's; at each position and time step n_E n_I for I_sub, as many and
+        n_I more for I_div, n_E for the division and n_E for g_E; in BN-SNN, n_E for the normalization.
+    parameters_e, parameters_i: of excitatory neurons (W_EE, g_E, b_E; all where there are no others) and of inhibitory
+        neurons (W_IE, W_EI, g_I).
+    neurons_e, neurons_i: of each population. The state is a membrane potential for each of the first; the second, at
+        their steady state, keep none.
+    """
+    rows = []
+
+    def count(module, args, out, name):
+        ei, conv = isinstance(module, EICircuit), module[0] if isinstance(module, nn.Sequential) else module
+        weight = conv.w_ee if ei else conv.weight
+        n_e, n_i = len(weight), conv.n_i if ei else 0
+        spiking = bool(rows) and not isinstance(module, (DANNCircuit, DANNCircuit2d))
+        active = args[0] if spiking else torch.ones_like(args[0])
+        if weight.dim() == 4:  # how much activity reaches each position
+            active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
+        synaptic = active.sum(dtype=torch.double).item() * (n_e + n_i) / len(x)
+        local = n_e if isinstance(module, nn.Sequential) else 0
+        if ei:
+            local = n_e * n_i if conv.readout else 2 * n_e * n_i + n_i + 2 * n_e
+        sizes = {k: p.numel() for k, p in module.named_parameters()}
+        inhibitory = sum(n for k, n in sizes.items() if k in ("w_ie", "w_ei", "g_i", "alpha"))
+        rows.append(dict(layer=name, firing_rate=None, accumulates=synaptic if spiking else 0.0))
+        rows[-1] |= dict(multiplies=(0 if spiking else synaptic) + local * out.numel() / n_e / len(x))
+        rows[-1] |= dict(parameters_e=sum(sizes.values()) - inhibitory, parameters_i=inhibitory)
+        rows[-1] |= dict(neurons_e=out[0].numel(), neurons_i=n_i * out[0].numel() // n_e)
+
+    def fire(layer, args, spikes):
+        rows[-1]["firing_rate"] = spikes.mean().item()
+
+    hooks = [model.readout.register_forward_hook(partial(count, name="readout"))]
+    for i, layer in enumerate(layers(model), 1):
+        hooks.append(layer.circuit.register_forward_hook(partial(count, name=str(i))))
+        hooks.append(layer.register_forward_hook(fire))
+    training = model.training
+    model.eval()(x)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def cost_table(rows):
+    """The rows of `costs` and their sum, as lines of text: operations in thousands per image."""
+    lines = [f"{'layer':8}{'rate':>7}{'accumulates':>14}{'multiplies':>13}{'parameters E':>15}{'I':>11}"]
+    lines[0] += f"{'neurons E':>12}{'I':>9}"
+    total = {k: sum(row[k] for row in rows) for k in rows[0] if k not in ("layer", "firing_rate")}
+    spikes = sum(row["firing_rate"] * row["neurons_e"] for row in rows[:-1])
+    rate = spikes / sum(row["neurons_e"] for row in rows[:-1])
+    for row in [*rows, dict(layer="all", firing_rate=rate) | total]:
+        rate = "" if row["firing_rate"] is None else f"{row['firing_rate']:.4f}"
+        operations = f"{row['accumulates'] / 1e3:>13,.0f}k{row['multiplies'] / 1e3:>12,.0f}k"
+        sizes = f"{row['parameters_e']:>15,}{row['parameters_i']:>11,}{row['neurons_e']:>12,}{row['neurons_i']:>9,}"
+        lines.append(f"{row['layer']:8}{rate:>7}{operations}{sizes}")
+    return lines
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ One function a step: settings -> data and network -> epochs of training and test
 import argparse
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from checkpoint import Parser, Run, StopRequest, first_line, free_folder, leave,
 from data import epoch_order, training_batch
 from ei_init import initialize
 from inhibition import clamp_dale
-from model import ARCHS, KINDS, build, first_nonfinite, histograms, keep_memory, layers, population
+from model import ARCHS, KINDS, build, cost_table, costs, first_nonfinite, histograms, keep_memory, layers, population
 
 # The paper's recipes: SGD, momentum 0.9, cosine to 0 by iteration after a linear warm-up from `warmup_from`.
 RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, T=4, image_size=32)
@@ -46,14 +45,17 @@ BY_MODEL = {
     # No spikes, no time. Its division has a gradient of 1 / x, and ReLUs send x as small as one likes: clipped.
     "dann": dict(lr=0.02, clip_norm=1.0, T=1),
 }
-SUITES = {  # options of each run: what the paper's figures compare (VGG-8 unless --arch)
+SUITES = {  # options of each run; paper: what its figures compare
     "paper": [
         *[["--model", kind] for kind in ("ei", "bn", "plain", "dann")],
         *[["--eps", eps] for eps in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4")],
         *[["--no-ste"], ["--no-grad-scaling"], ["--init", "kaiming"]],
-    ]
+    ],
+    "rivals": [["--model", kind] for kind in ("ei", "bn", "dann")],
+    "depth": [["--arch", arch, "--model", kind] for arch in ARCHS[1:] for kind in ("ei", "bn")],
 }
 COMMANDS = ("suite", "resume", "eval", "out", "device")  # options that are no setting of a run
+BN_SNN = dict(model="bn", eps="adaptive", ste=True, grad_scaling=True, init="ei")  # what --eval compares with
 MOMENTUM = 0.9
 
 
@@ -272,17 +274,7 @@ def reopen(args, folder, free=("data_root",)):
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    try:
-        return command(parse(argv))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
-            raise  # an error of the program
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
-        return 2
+    return cp.status(lambda: command(parse(argv)))
 
 
 def command(args):
@@ -305,6 +297,13 @@ def command(args):
     loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
     print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}, T={config['T']}")
     print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))
+    print("\n".join(cost_table(costs(model, data.to_input(dataset.test_x[:: -(-len(dataset.test_x) // 256)])))))
+    if config["model"] == "bn":
+        return 0
+    rival = run.folder.with_name(Path(run_name(config | BN_SNN)).name)
+    if saved(rival):  # beside it
+        return command(argparse.Namespace(**vars(args) | dict(eval=rival)))
+    print(f"no BN-SNN beside it: --model bn --out {rival} with the same data and network trains one")
     return 0
 
 

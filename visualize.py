@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 
 import data
 import train
-from checkpoint import restore
+from checkpoint import Parser, restore, status
 from ei_init import ei_init, initialize
 from model import ARCHS, BINS, build, circuits, layers, observe
 
@@ -624,7 +624,11 @@ FIGURES = dict(
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    p = train.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    return status(lambda: command(argv))
+
+
+def command(argv):
+    p = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     p.add_argument("figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {f.__doc__}" for k, f in FIGURES.items()))
     p.add_argument("runs", nargs="?", default="runs", help="a folder of runs, or one run (runs)")
     p.add_argument("--out", type=Path, default=Path("figures"), help="where the figures go (figures)")
@@ -632,23 +636,19 @@ def main(argv=None):
     p.add_argument("--data", choices=data.DATASETS, default="digits", help="images for `init` and `gradients` (digits)")
     p.add_argument("--data-root", default="./data", help="where they are (./data)")
     args = p.parse_args(argv)
-    names = list(FIGURES) if args.figure == "all" else [args.figure]
     drawn = 0
-    try:
-        with plt.rc_context(STYLE):
-            for name in names:
-                try:
-                    torch.manual_seed(0)
-                    FIGURES[name](args)
-                    drawn += 1
-                    print(f"{name}: {args.out / name}.png, .pdf, .csv")
-                except (ValueError, OSError) as error:
-                    if args.figure != "all":
-                        raise
-                    print(f"{name}: not drawn. {' '.join(str(error).split())}")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    for name in FIGURES if args.figure == "all" else [args.figure]:
+        torch.manual_seed(0)
+        try:
+            with plt.rc_context(STYLE):
+                FIGURES[name](args)
+        except (ValueError, OSError) as error:
+            if args.figure != "all":
+                raise
+            print(f"{name}: not drawn. {' '.join(str(error).split())}")
+        else:
+            drawn += 1
+            print(f"{name}: {args.out / name}.png, .pdf, .csv")
     return 0 if drawn else 2
 
 

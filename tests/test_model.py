@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
-from model import ARCHS, KINDS, build, circuits, first_nonfinite, layers, population
+from model import ARCHS, KINDS, build, circuits, cost_table, costs, first_nonfinite, layers, population
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 
@@ -127,3 +127,38 @@ def test_refuses(arguments, message):
 def test_refuses_other_inputs(shape):
     with pytest.raises(ValueError, match=r"built for|frames"):
         build("vgg8", plan=NARROW)(torch.rand(shape))
+
+
+def test_costs_are_those_counted_by_hand():
+    net = build("vgg8", in_channels=1, plan=[4, "P", 8], T=2)
+    x = torch.rand(3, 1, 32, 32)
+    initialize(net, x)
+    first, second, readout = costs(net, x)
+    reached = 9 * 30 * 30 + 6 * 4 * 30 + 4 * 4  # taps of a 3x3 kernel that do not meet the border
+    assert first["accumulates"] == 0
+    assert first["multiplies"] == reached * (4 + 1) + 32 * 32 * (2 * 4 * 1 + 1 + 2 * 4)
+    spikes = net.encoder.stages[0](x, 2, static=True)
+    assert first["firing_rate"] == pytest.approx(spikes.mean().item())
+    pooled = F.avg_pool2d(spikes, 2).sum(1)  # (T B, 16, 16); a spike at a border reaches fewer
+    taps = torch.full((16,), 3.0)
+    taps[0] = taps[-1] = 2
+    expected = (pooled * taps[:, None] * taps).sum().item() / 3 * (8 + 2)
+    assert second["accumulates"] == pytest.approx(expected, rel=1e-5)
+    assert second["multiplies"] == 2 * 16 * 16 * (2 * 8 * 2 + 2 + 2 * 8)
+    assert (second["parameters_e"], second["parameters_i"]) == (8 * 36 + 16, 2 * 36 + 16 + 2)
+    assert (second["neurons_e"], second["neurons_i"]) == (8 * 256, 2 * 256)
+    of_encoder = net.encoder(x, 2, static=True).sum().item() / 3
+    assert readout["accumulates"] == pytest.approx(of_encoder * 12) and readout["multiplies"] == 2 * 10 * 2
+    total = sum(row["parameters_e"] + row["parameters_i"] for row in (first, second, readout))
+    assert total == sum(p.numel() for p in net.parameters())
+
+
+def test_costs_of_the_rivals():
+    x = torch.rand(2, 3, 32, 32)
+    bn = costs(build("vgg8", plan=NARROW, kind="bn", T=2), x)
+    assert all(row["neurons_i"] == row["parameters_i"] == 0 for row in bn)
+    assert bn[1]["multiplies"] == 2 * 16 * 16 * 16 and bn[1]["accumulates"] > 0
+    dann = costs(build("vgg8", plan=NARROW, kind="dann", T=1), x)
+    assert all(row["accumulates"] == 0 for row in dann)
+    assert len(cost_table(bn)) == 8 and cost_table(bn)[-1].startswith("all")
+    assert len(costs(build("resnet18", T=1), x)) == 21

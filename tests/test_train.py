@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,20 @@ def test_the_run_folder_and_what_is_printed(options, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"test accuracy {float(best['test_accuracy']):.2%}, loss {float(best['test_loss']):.4f}" in out
     assert out.count("firing rates") == 1
+
+
+def test_eval_counts_costs_beside_bn_snn_and_at_other_time_steps(finished, options, tmp_path, capsys):
+    folder = tmp_path / "folder-vgg8-ei-seed0"
+    shutil.copytree(finished, folder)
+    assert train.main(["--eval", str(folder), "--T", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "T=3" in out and "accumulates" in out and "no BN-SNN beside it" in out
+    bn = tmp_path / "folder-vgg8-bn-seed0"
+    assert train.main([*options, "--model", "bn", "--epochs", "1", "--out", str(bn)]) == 0
+    assert train.main(["--eval", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("accumulates") == 2 and str(bn) in out and "T=2" in out
+    assert "was made with arch=vgg8, not vgg11" in run_and_fail(capsys, "--eval", folder, "--arch", "vgg11")
 
 
 @pytest.mark.parametrize("kind", ["bn", "plain"])
