@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
-from model import ARCHS, KINDS, build, circuits, first_nonfinite, layers, population
+from model import ARCHS, KINDS, AvgPool, build, circuits, first_nonfinite, layers, population
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 
@@ -127,3 +127,12 @@ def test_refuses(arguments, message):
 def test_refuses_other_inputs(shape):
     with pytest.raises(ValueError, match=r"built for|frames"):
         build("vgg8", plan=NARROW)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (6, 5), (3, 3)])
+def test_pooling_equals_pytorch_s(size):
+    x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours, theirs = AvgPool()(x), torch.nn.functional.avg_pool2d(x, 2)
+    grad = torch.randn_like(theirs)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (ours, theirs)))
