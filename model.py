@@ -47,6 +47,29 @@ class Layer(nn.Module):
         return self.neuron(current).flatten(0, 1)
 
 
+class _AvgPool(torch.autograd.Function):
+    """2x2 average pooling. PyTorch's own keeps its input for the backward pass, which needs no more than its size: here
+    that is the spikes of every layer."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.odd = x.shape[2] % 2, x.shape[3] % 2
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad = F.interpolate(grad / 4, scale_factor=2, mode="nearest")
+        return F.pad(grad, (0, ctx.odd[1], 0, ctx.odd[0])) if any(ctx.odd) else grad  # the last row met no window
+
+
+class AvgPool(nn.Module):
+    """2x2 average pooling with stride 2: (N, C, H, W) -> (N, C, H // 2, W // 2)."""
+
+    def forward(self, x):
+        return _AvgPool.apply(x)
+
+
 class VGG(nn.Module):
     """A chain of layers and poolings: (T B, C, S, S) -> features (T B, F)."""
 
@@ -55,7 +78,7 @@ class VGG(nn.Module):
         stages, size = [], image_size
         for n_e in plan:
             if n_e == "P":
-                stages.append(nn.AvgPool2d(2))
+                stages.append(AvgPool())
                 size //= 2
             else:
                 stages.append(layer(in_channels, n_e, 3, padding=1))

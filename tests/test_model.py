@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
-from model import ARCHS, KINDS, build, circuits, cost_table, costs, first_nonfinite, layers, population
+from model import ARCHS, KINDS, AvgPool, build, circuits, cost_table, costs, first_nonfinite, layers, population
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 
@@ -162,3 +162,12 @@ def test_costs_of_the_rivals():
     assert all(row["accumulates"] == 0 for row in dann)
     assert len(cost_table(bn)) == 8 and cost_table(bn)[-1].startswith("all")
     assert len(costs(build("resnet18", T=1), x)) == 21
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (6, 5), (3, 3)])
+def test_pooling_equals_pytorch_s(size):
+    x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours, theirs = AvgPool()(x), torch.nn.functional.avg_pool2d(x, 2)
+    grad = torch.randn_like(theirs)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (ours, theirs)))

@@ -1,0 +1,157 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+
+import bench
+from ei_init import initialize
+from inhibition import EICircuit, EICircuit2d
+from model import ARCHS, build, circuits
+
+NARROW = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
+
+
+def gradients(model, x):
+    y = torch.arange(len(x)) % 10
+    model.zero_grad()
+    logits = model(x)
+    F.cross_entropy(logits, y).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def pair(arch, T, x, **options):
+    """A network and its literal form, in double precision: rounding makes no neuron fire in one of them only."""
+    torch.manual_seed(0)
+    fast = build(arch, T=T, **options).double()
+    initialize(fast, x)
+    with torch.no_grad():
+        for circuit in circuits(fast):
+            for p in circuit.parameters():
+                p.mul_(0.95 + 0.1 * torch.rand_like(p))
+            if not circuit.readout:
+                circuit.b_e.uniform_(-0.5, 1.5)  # some fire without input
+    return fast, bench.literal(fast)
+
+
+def assert_equal(fast, slow, x):
+    (a, a_grads), (b, b_grads) = gradients(fast, x), gradients(slow, x)
+    assert b.norm() > 0 and relative_error(a, b) < 1e-9
+    for name, grad in b_grads.items():
+        assert (a_grads[name] - grad).norm() <= 1e-8 * grad.norm(), name  # 0 where nothing comes in
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fast_equals_literal_in_every_architecture(arch, T):
+    x = torch.rand(2, 3, 32, 32, dtype=torch.double)
+    assert_equal(*pair(arch, T, x), x)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("density", [0.002, 0.3, 1.0])
+def test_fast_equals_literal_for_sparse_and_silent_inputs(density, T):
+    x = torch.rand(4, T, 3, 32, 32, dtype=torch.double)  # frames
+    fast, slow = pair("vgg8", T, x, plan=NARROW)
+    x *= torch.rand_like(x) < density
+    x[0] = 0
+    assert_equal(fast, slow, x)
+    x[:] = 0
+    assert_equal(fast, slow, x)
+
+
+def test_literal_is_another_computation_of_the_same_parameters():
+    fast = build("vgg8", plan=NARROW)
+    slow = bench.literal(fast)
+    slow.load_state_dict(fast.state_dict())
+    assert {type(m) for m in circuits(slow)} == {bench.LiteralCircuit, bench.LiteralCircuit2d}
+    assert {type(m) for m in circuits(fast)} == {EICircuit, EICircuit2d}
+    assert slow.readout.w_ee is not fast.readout.w_ee  # training one leaves the other
+
+
+def test_a_run_measures_every_form(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    argv = ["--batch-size", "2", "--T", "2", "--seconds", "0.1", "--device", "cpu", "--json", str(file)]
+    assert bench.main(argv) == 0
+    result, out = json.loads(file.read_text()), capsys.readouterr().out
+    assert {"literal", "fast", "bn", "dann"} <= set(result["forms"])
+    for name, form in result["forms"].items():
+        assert name in out
+        assert len(form["train_s"]) == len(form["forward_s"]) == len(result["copy_rate"]) >= 1
+        assert min(form["forward_s"]) > 0 and form["peak_bytes"] > 0
+
+
+def test_arithmetic_is_counted_by_hand():
+    model = build("vgg8", plan=[8, "P", 4, "P"], n_classes=10, T=2)
+    forward, training, unpadded, moved = bench.arithmetic(model, torch.rand(3, 3, 32, 32))
+    first, first_local = 3 * 32**2 * (8 + 2) * 27, 3 * 32**2 * 8 * 2
+    second, second_local = 2 * 3 * 16**2 * (4 + 1) * 72, 2 * 3 * 16**2 * 4
+    readout = 2 * 3 * 10 * 4 * 8**2
+    assert forward == first + first_local + second + second_local + readout
+    assert training == 2 * first + 3 * (first_local + second + second_local + readout)
+    inside = [(3 - 2 / size) ** 2 / 9 for size in (32, 16)]  # a border position has one of three rows in the padding
+    wanted = 2 * first * inside[0] + 3 * (first_local + second * inside[1] + second_local + readout)
+    assert unpadded == pytest.approx(wanted, rel=1e-5)
+    values = 3 * 32**2 * (3 + 8) + 6 * 8 * 32**2 * 2 + 6 * 8 * (32**2 + 16**2)  # circuit, LIF, pooling
+    values += 6 * 16**2 * (8 + 4) + 6 * 4 * 16**2 * 2 + 6 * 4 * (16**2 + 8**2) + 6 * (4 * 8**2 + 10)
+    assert moved == 3 * 4 * values
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def work():
+        a = torch.zeros(1000, 1000)
+        b = a + 1  # 8 MB are held here
+        del a
+        return b * 2  # and here
+
+    assert bench.peak_memory(work, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+def test_fast_keeps_at_most_0_6_of_what_literal_keeps():
+    x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
+    fast = build("vgg8", plan=[32, "P", 64, "P"])
+    initialize(fast, x)
+    contenders = [bench.Contender(model, x, y) for model in (fast, bench.literal(fast))]
+    peaks = [bench.peak_memory(c.train, torch.device("cpu")) for c in contenders]
+    assert peaks[0] < 0.6 * peaks[1]
+
+
+def test_profile_names_operations(capsys):
+    assert bench.main(["--profile", "--batch-size", "2", "--T", "1", "--device", "cpu"]) == 0
+    assert "conv" in capsys.readouterr().out
+
+
+def test_scaling_draws_and_lists_every_point(tmp_path, capsys, monkeypatch):
+    points = [(T, dict(arch="vgg8", T=T, plan=NARROW), 2) for T in (1, 2, 3)]
+    monkeypatch.setattr(bench, "sweeps", lambda args: {name: points for name in "abc"})
+    assert bench.main(["--scaling", "--device", "cpu", "--out", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out.count("R^2") == 3
+    lines = (tmp_path / "new" / "scaling.csv").read_text().splitlines()
+    assert lines[0] == "sweep,value,median_ms,min_ms,max_ms" and len(lines) == 10
+    assert (tmp_path / "new" / "scaling.png").stat().st_size > 1000 and (tmp_path / "new" / "scaling.pdf").exists()
+
+
+def test_sweeps_change_one_thing_at_a_time():
+    for name, points in bench.sweeps(bench.parse([])).items():
+        assert len({str({k: v for k, v in o.items() if k != "plan"} | {"T": 0}) for _, o, _ in points}) == 1
+        assert len({size for *_, size in points}) == (5 if name == "batch size" else 1)
+        if name == "circuits":
+            assert all(sum(n != "P" for n in options["plan"]) == value for value, options, _ in points)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--device", "nothing"], ["--json", "/no/such/folder/x.json"], ["--out", "/dev/null/x", "--scaling"]]
+)
+def test_bad_input_is_one_line(argv, capsys):
+    assert bench.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("argv", [["--arch", "vgg9"], ["--batch-size", "0"], ["--T", "x"], ["--seconds", "0"]])
+def test_bad_options_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
