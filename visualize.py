@@ -577,7 +577,7 @@ def draw_weights(args):
     run = pick(trained_runs(args.runs))
     _, networks = run.networks()
     figure, axes = plt.subplots(1, 5, figsize=(PAGE, 1.9), sharey=True)
-    scale, edges, rows = {}, np.linspace(0, 5, 51), []
+    scale, edges, rows = {}, np.arange(0, 5.1, 0.08), []  # 1 is in the middle of a bin, the last is 5 and more
     for (when, network), filled in zip(networks.items(), (True, False), strict=True):
         for parameter, axis in zip(list(SYMBOLS)[:5], axes, strict=True):
             sign = -1 if parameter == "w_ei" or parameter == "g_i" else 1  # what inhibition does to the membrane
@@ -604,6 +604,7 @@ def draw_weights(args):
             axis.set(xlabel=("$-$" if sign < 0 else "") + SYMBOLS[parameter], yscale="log", ylim=(1e-5, 2))
             axis.axvline(0, color="black", lw=0.6)
     axes[0].set_ylabel("fraction")
+    figure.supxlabel("in units of the layer's mean at initialisation", fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save(figure, "weights", rows, args.out)
 
