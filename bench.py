@@ -311,11 +311,11 @@ def show(result):
     print(
         f"fast against bn: training takes {result['train_fast_to_bn']:.2f} of its time,"
         f" forward {result['forward_fast_to_bn']:.2f}\n"
-        f"roofline: a step is {products / 1e9:.1f} G multiply-adds ({padded / 1e9:.1f} with those that meet the zeros of"
-        f" the padding) and\n  {result['training_bytes'] / 1e9:.2f} GB at least; measured"
-        f" {max(result['product_rate']) / 1e9:.1f} G/s in a matrix product, {max(result['copy_rate']) / 1e9:.1f} GB/s in"
-        f" a copy:\n  {1e3 * result['bound_s']:.4g} ms, {size / result['bound_s']:.1f} images/s; the fastest step reaches"
-        f" {result['fraction_of_bound']:.0%}"
+        f"roofline: a step is {products / 1e9:.1f} G multiply-adds ({padded / 1e9:.1f} with the zeros of the padding)"
+        f" and {result['training_bytes'] / 1e9:.2f} GB at least;\n"
+        f"  measured {max(result['product_rate']) / 1e9:.1f} G/s in a matrix product and"
+        f" {max(result['copy_rate']) / 1e9:.1f} GB/s in a copy: {1e3 * result['bound_s']:.4g} ms,"
+        f" {size / result['bound_s']:.1f} images/s;\n  the fastest step reaches {result['fraction_of_bound']:.0%}"
     )
 
 
@@ -383,7 +383,7 @@ def scaling(args, device):
         offset, slope = torch.linalg.lstsq(design, t[:, None]).solution.flatten().tolist()
         r2 = 1 - (t - offset - slope * x).square().sum().item() / (t - t.mean()).square().sum().item()
         axis.errorbar(x, t, [t - low, high - t], fmt="o", color="C0", capsize=2)
-        axis.plot(x, offset + slope * x, color="C1", label=f"{offset:.3g} + {slope:.3g} n ms, $R^2$ = {r2:.3f}")
+        axis.plot(x, offset + slope * x, color="C1", label=f"{offset:.3g} + {slope:.3g} n\n$R^2$ = {r2:.4f}")
         axis.set(xlabel=name, ylabel="training step (ms)", xlim=(0, None), ylim=(0, None))
         axis.legend(frameon=False)
         print(f"{name:14} {offset:8.1f} ms + {slope:8.2f} ms each   R^2 = {r2:.4f}")
