@@ -276,7 +276,7 @@ def measure(args, device):
         longest, now = max(longest, time.perf_counter() - now), time.perf_counter()
     names = ("forward_products", "training_products", "unpadded_training_products", "training_bytes")
     result |= dict(zip(names, arithmetic(contenders["fast"].model, x), strict=True))
-    compute = result["training_products"] / max(result["product_rate"])
+    compute = result["unpadded_training_products"] / max(result["product_rate"])
     memory = result["training_bytes"] / max(result["copy_rate"])
     result["bound_s"] = max(compute, memory)
     result["fraction_of_bound"] = result["bound_s"] / min(result["forms"]["fast"]["train_s"])
@@ -308,16 +308,15 @@ def show(result):
         f" forward {1 / result['forward_fast_to_literal']:.2f} times"
         + (f", {fast / plain:.2f} of the memory" if fast else "")
     )
-    products, unpadded = result["training_products"], result["unpadded_training_products"]
+    products, padded = result["unpadded_training_products"], result["training_products"]
     print(
         f"fast against bn: training takes {result['train_fast_to_bn']:.2f} of its time,"
         f" forward {result['forward_fast_to_bn']:.2f}\n"
-        f"roofline: a step is {products / 1e9:.1f} G multiply-adds and {result['training_bytes'] / 1e9:.2f} GB at"
-        f" least; measured {max(result['product_rate']) / 1e9:.1f} G/s\n  in a matrix product,"
+        f"roofline: a step is {products / 1e9:.1f} G multiply-adds ({padded / 1e9:.1f} with the zeros of the padding)"
+        f" and {result['training_bytes'] / 1e9:.2f} GB at least;\n"
+        f"  measured {max(result['product_rate']) / 1e9:.1f} G/s in a matrix product and"
         f" {max(result['copy_rate']) / 1e9:.1f} GB/s in a copy: {1e3 * result['bound_s']:.4g} ms,"
-        f" {size / result['bound_s']:.1f} images/s; the fastest step reaches {result['fraction_of_bound']:.0%}\n"
-        f"  ({1 - unpadded / products:.0%} of the multiply-adds meet the zeros of the padding; without them the step"
-        f" reaches {result['fraction_of_bound'] * unpadded / products:.0%})"
+        f" {size / result['bound_s']:.1f} images/s;\n  the fastest step reaches {result['fraction_of_bound']:.0%}"
     )
 
 
@@ -385,7 +384,7 @@ def scaling(args, device):
         offset, slope = torch.linalg.lstsq(design, t[:, None]).solution.flatten().tolist()
         r2 = 1 - (t - offset - slope * x).square().sum().item() / (t - t.mean()).square().sum().item()
         axis.errorbar(x, t, [t - low, high - t], fmt="o", color="C0", capsize=2)
-        axis.plot(x, offset + slope * x, color="C1", label=f"{offset:.3g} + {slope:.3g} n ms, $R^2$ = {r2:.3f}")
+        axis.plot(x, offset + slope * x, color="C1", label=f"{offset:.3g} + {slope:.3g} n\n$R^2$ = {r2:.4f}")
         axis.set(xlabel=name, ylabel="training step (ms)", xlim=(0, None), ylim=(0, None))
         axis.legend(frameon=False)
         print(f"{name:14} {offset:8.1f} ms + {slope:8.2f} ms each   R^2 = {r2:.4f}")
