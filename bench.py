@@ -292,8 +292,9 @@ def measure(args, device):
 def show(result):
     """The table."""
     size, forms = result["batch_size"], result["forms"]
+    tf32 = " (convolutions in TF32)" if "cuda" in result["device"] and torch.backends.cudnn.allow_tf32 else ""
     print(
-        f"{result['arch']}, batch {size}, T = {result['T']}, float32, {result['device']}, {result['threads']} CPU"
+        f"{result['arch']}, batch {size}, T = {result['T']}, float32{tf32}, {result['device']}, {result['threads']} CPU"
         f" threads, {len(result['copy_rate'])} rounds: median (fastest to slowest) in ms\n\n"
         f"{'':14}{'training step':>26}{'images/s':>10}{'forward':>26}{'peak memory':>14}"
     )
@@ -332,7 +333,10 @@ def profile(args, device):
         contender.train()
         synchronize(device)
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(p.key_averages(), key=lambda e: getattr(e, key), reverse=True)
+    events = [
+        e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CPU
+    ]  # kernels with their caller
+    events.sort(key=lambda e: getattr(e, key), reverse=True)
     total = sum(getattr(e, key) for e in events)
     print(f"{'ms':>9} {'share':>6} {'calls':>6}  operation, in a training step of {1e-3 * total:.4g} ms")
     for e in events[:15]:

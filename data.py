@@ -80,6 +80,12 @@ def load(name, root="./data", image_size=32, device="cpu", T=16):
     return Dataset(*(tensor.to(device) for tensor in splits), n_classes, special.get(name, augment))
 
 
+def describe(dataset):
+    """How many samples of which shape there are, in words."""
+    size = "x".join(map(str, dataset.train_x.shape[1:]))
+    return f"{len(dataset.train_y):,} training, {len(dataset.test_y):,} test samples of {size}"
+
+
 def to_input(x):
     """What a dataset holds -> float32 that a network receives, of the same shape.
 
@@ -431,5 +437,11 @@ def training_batch(config, dataset, indices, step):
     """Input and labels of a step. The augmentation depends on seed and step alone, so a resumed run repeats it."""
     x = to_input(dataset.train_x[indices])
     if dataset.augment:
-        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] << 32) + step))
+        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] * 1_000_003 + step) % 2**32))
     return x, dataset.train_y[indices]
+
+
+def sample(dataset, T, n=256):
+    """Some test samples (at most n, fewer if T is large), evenly spaced over the set, as input, and their labels."""
+    step = -(-len(dataset.test_x) // max(1, min(n, 1000 // T)))
+    return to_input(dataset.test_x[::step]), dataset.test_y[::step]

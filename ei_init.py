@@ -70,6 +70,8 @@ def initialize(model, batch):
         except ValueError as error:
             raise ValueError(f"layer {names[circuit]}: {error}") from None
 
+    if len(batch) < 2:
+        raise ValueError("E-I Init measures a variance: it needs a batch of at least 2 samples")
     hooks = [circuit.register_forward_pre_hook(before_forward) for circuit in names]
     if batch.dim() == 4:  # a static image is the same frame at each time step, and counts as often
         batch = batch.unsqueeze(1).expand(-1, model.T, -1, -1, -1)

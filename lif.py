@@ -57,7 +57,7 @@ def lif(current, tau=2.0, threshold=1.0):
     """Spikes of a population of LIF neurons driven by a current (paper, Eq. of the LIF neuron; see above).
 
     Args:
-        current: (T, ...), real, in units of the threshold; time is the leading axis. May be an expanded view
+        current: (T, ...), real, in the units of the threshold; time is the leading axis. May be an expanded view
             (the same current at every step) and is then not copied.
         tau: membrane time constant in steps, at least 1 (1: no memory).
         threshold: theta, positive.

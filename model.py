@@ -287,22 +287,27 @@ def observe(model, x, see):
             h.remove()
 
 
+def describe(model):
+    """The size of a network in words."""
+    n_e, n_i = population(model)
+    n_weights = sum(p.numel() for p in model.parameters())
+    return f"{n_e:,} excitatory and {n_i:,} inhibitory neurons, {n_weights:,} parameters"
+
+
 BINS = dict(low=-6.0, high=6.0, n=120)  # of the histograms below, in units of the threshold
 
 
+def histogram(values):
+    """Counts of values (T, ...) in `BINS`: a list. What lies outside is counted in the outermost bins, NaN nowhere."""
+    low, high, n = BINS.values()
+    steps = (v[~v.isnan()].clamp(low, high) for v in values)  # one by one: histc counts in float32, up to 2^24
+    return sum(torch.histc(v, n, low, high).long() for v in steps).tolist()
+
+
 def histograms(model, x):
-    """How I_int and the membrane potential of each layer are distributed on x: a list of dicts of `BINS["n"]` counts.
-
-    What lies outside is counted in the outermost bins, what is not finite nowhere.
-    """
+    """How I_int and the membrane potential of each layer are distributed on x: a list of dicts of counts."""
     found = []
-
-    def count(values):
-        low, high, n = BINS.values()
-        inside = values[values.isfinite()].clamp(low, high)
-        return torch.histc(inside, n, low, high).long().tolist()
-
-    observe(model, x, lambda i, current, u, spikes: found.append(dict(i_int=count(current), u=count(u))))
+    observe(model, x, lambda i, current, u, spikes: found.append(dict(i_int=histogram(current), u=histogram(u))))
     return found
 
 
@@ -312,14 +317,16 @@ def costs(model, x):
 
     firing_rate: spikes per neuron and time step; of the readout, None.
     accumulates: synaptic operations per image: each presynaptic spike is added once at each of its targets, excitatory
-        and inhibitory (W_EE, W_IE). What pooling has averaged counts by its average, as in rate times operations.
-    multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer (once, where the
-        image is the same at each step) and all of DANN's; at each position and time step n_E n_I for I_sub, as many and
-        n_I more for I_div, n_E for the division and n_E for g_E; in BN-SNN, n_E for the normalization.
+        and inhibitory (W_EE, W_IE). Spikes that are pooled first count as one where they are all there, else by their
+        average: firing rate times operations.
+    multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer and all of DANN's;
+        at each position and time step n_E n_I for I_sub, as many and n_I more for I_div, n_E for the division and n_E
+        for g_E; in BN-SNN, n_E for the normalization. An image that is the same at each step passes the first layer
+        once.
     parameters_e, parameters_i: of excitatory neurons (W_EE, g_E, b_E; all where there are no others) and of inhibitory
         neurons (W_IE, W_EI, g_I).
-    neurons_e, neurons_i: of each population. The state is a membrane potential for each of the first; the second, at
-        their steady state, keep none.
+    neurons_e, neurons_i: of each population. The state is a membrane potential for each of the first, but not in the
+        readout and in DANN; the second, at their steady state, keep none.
     """
     rows = []
 
@@ -331,7 +338,7 @@ def costs(model, x):
         active = args[0] if spiking else torch.ones_like(args[0])
         if weight.dim() == 4:  # how much activity reaches each position
             active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
-        synaptic = active.sum(dtype=torch.double).item() * (n_e + n_i) / len(x)
+        synaptic = active.flatten(1).sum(1).cpu().double().sum().item() * (n_e + n_i) / len(x)
         local = n_e if isinstance(module, nn.Sequential) else 0
         if ei:
             local = n_e * n_i if conv.readout else 2 * n_e * n_i + n_i + 2 * n_e

@@ -24,7 +24,7 @@ from checkpoint import Parser, Run, StopRequest, first_line, free_folder, leave,
 from data import epoch_order, training_batch
 from ei_init import initialize
 from inhibition import clamp_dale
-from model import ARCHS, KINDS, build, cost_table, costs, first_nonfinite, histograms, keep_memory, layers, population
+from model import ARCHS, KINDS, build, cost_table, costs, describe, first_nonfinite, histograms, keep_memory, layers
 
 # The paper's recipes: SGD, momentum 0.9, cosine to 0 by iteration after a linear warm-up from `warmup_from`.
 RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, T=4, image_size=32)
@@ -108,8 +108,10 @@ def settings(args):
 def pick_device(name):
     """The device by name, or the fastest at hand. Under torchrun, each process's own, and it joins the others."""
     try:
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device(name or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device((local if torch.cuda.is_available() else "cpu") if name in (None, "cuda") else name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from None
@@ -150,6 +152,7 @@ def train_step(model, optimizer, x, y, lr, clip_norm=0):
     loss = F.cross_entropy(logits, y)
     optimizer.zero_grad()
     loss.backward()
+    optimizer.found_inf = (~loss.detach().isfinite()).float()  # then fused SGD does nothing, and nobody has to wait
     if clip_norm:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
@@ -188,7 +191,7 @@ def train(run, config, dataset, model, device, resumed=None):
     # A read waits for a GPU, hence one in 20 steps: sums over steps of loss and accuracy, and whether to stop.
     read_every, per_epoch = 1 if device.type == "cpu" else 20, len(dataset.train_y) // config["batch_size"]
     step, sums, history, recorded = 0, torch.zeros(3, device=device), [], []
-    sample = data.to_input(dataset.test_x[:: -(-len(dataset.test_x) // 64)])  # for the histograms: of every class
+    sample, _ = data.sample(dataset, config["T"], 64)  # for the histograms
     if resumed:
         restore(model, resumed["model"], run.folder / "checkpoint.pt")
         restore(optimizer, resumed["optimizer"], run.folder / "checkpoint.pt")
@@ -255,15 +258,10 @@ def train(run, config, dataset, model, device, resumed=None):
 
 def header(config, dataset, model, device):
     """What runs: device, data, network and its size, and every setting."""
-    n_e, n_i = population(model)
-    n_train, n_test, n_weights = len(dataset.train_y), len(dataset.test_y), sum(p.numel() for p in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    size = "x".join(map(str, dataset.train_x.shape[1:]))
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
-    print(f"device    {device} ({name})")
-    print(f"data      {config['data']}: {n_train:,} training, {n_test:,} test samples of {size}")
-    print(f"network   {config['arch']} {config['model']}: {n_e:,} excitatory and {n_i:,} inhibitory neurons,", end=" ")
-    print(f"{n_weights:,} parameters\nsettings ", " ".join(values), flush=True)
+    print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
+    print(f"network   {config['arch']} {config['model']}: {describe(model)}\nsettings ", *values, flush=True)
 
 
 def reopen(args, folder, free=("data_root",)):
@@ -288,8 +286,7 @@ def command(args):
     if args.resume is not None:
         return work(*reopen(args, args.resume), device)
     if args.eval is None:
-        config = settings(args)
-        return work(None, config, device, args.out or free_folder(run_name(config)))
+        return work(None, config := settings(args), device, args.out or free_folder(run_name(config)))
     run, config = reopen(args, args.eval, free=("data_root", "T"))
     state = run.load("best.pt")
     dataset, model = make(config, device)
@@ -297,30 +294,33 @@ def command(args):
     loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
     print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}, T={config['T']}")
     print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))
-    print("\n".join(cost_table(costs(model, data.to_input(dataset.test_x[:: -(-len(dataset.test_x) // 256)])))))
+    print("\n".join(cost_table(costs(model, data.sample(dataset, config["T"])[0]))))
     if config["model"] == "bn":
         return 0
     rival = run.folder.with_name(Path(run_name(config | BN_SNN)).name)
     if saved(rival):  # beside it
-        return command(argparse.Namespace(**vars(args) | dict(eval=rival)))
+        same = dict(eval=rival, T=args.T, data_root=args.data_root, device=args.device)
+        return command(argparse.Namespace(**vars(parse([])) | same))
     print(f"no BN-SNN beside it: --model bn --out {rival} with the same data and network trains one")
     return 0
 
 
 def work(run, config, device, folder=None):
     """Goes on with a run, or where there is none starts one in a new folder; returns the exit status."""
-    first = not dist.is_initialized() or dist.get_rank() == 0  # only the first process writes
-    state = run.resume() if run and first else None
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    state = run.resume() if run and rank == 0 else None  # only the first process writes, also what data are cached
+    if rank:
+        dist.barrier()
+        state = run.load() if run else None
     dataset, model = make(config, device)
+    if world > 1 and rank == 0:
+        dist.barrier()
     size, n = config["batch_size"], len(dataset.train_y)
     if size > n:
         raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
-    if dist.is_initialized():
-        if size % dist.get_world_size():
-            raise ValueError(f"a batch of {size} cannot be shared by {dist.get_world_size()} processes")
-        dist.barrier()  # the first process has mended what was damaged
-        state = run.load() if run and not first else state
-    run = run or (Run.create(folder, config) if first else Run(folder, config))
+    if size % world:
+        raise ValueError(f"a batch of {size} cannot be shared by {world} processes")
+    run = run or (Run(folder, config) if rank else Run.create(folder, config))
     header(config, dataset, model, device)
     if stopped := train(run, config, dataset, model, device, state):
         print(f"stopped and saved; go on with: python train.py --resume {run.folder}")
@@ -336,7 +336,8 @@ def suite(args, device):
         variant = argparse.Namespace(**vars(args) | {k: v for k, v in vars(parse(options)).items() if v is not None})
         config = settings(variant)
         folder = Path(out) / Path(run_name(config)).name
-        run = reopen(variant, folder)[0] if saved(folder) else None
+        if run := Run(folder) if saved(folder) else None:  # an older one with other settings is refused
+            config = run.settings(lambda options: settings(parse(options)), config)
         if run and (folder / "result.json").exists():
             print(f"finished before, in {folder}")
         elif status := work(run, config, device, folder):

@@ -1,7 +1,7 @@
 """The paper's figures: `python visualize.py all`, after `python train.py --suite paper`.
 
 Each subcommand draws one figure from a folder of runs (or from one run), as PNG and PDF, and writes the numbers that it
-drew beside it as CSV. Orange is excitation, blue is inhibition, everywhere; a dashed line is the firing threshold.
+drew beside it as CSV. Orange is excitation and blue is inhibition, wherever they are told apart.
 """
 
 import csv
@@ -22,9 +22,9 @@ from sklearn.decomposition import PCA
 
 import data
 import train
-from checkpoint import Parser, restore, status
+from checkpoint import Parser, restore, status, whole
 from ei_init import ei_init, initialize
-from model import ARCHS, BINS, build, circuits, layers, observe
+from model import ARCHS, BINS, build, circuits, histogram, layers, observe
 
 EXC, INH, GREY = "#D55E00", "#0072B2", "#777777"  # excitation, inhibition (palette of Okabe and Ito, also below)
 STYLES = [  # told apart by dash and marker in grey
@@ -41,7 +41,6 @@ FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei") 
 STYLE = {"font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 PAGE = 6.8  # inches, the width of a page; half of it is a column
-SAMPLES = 256  # test images, evenly spaced over the set, on which a network is looked at
 
 
 class Missing(ValueError):
@@ -72,25 +71,25 @@ class Trained:
         self.folder = self.run.folder
 
     def _read(self, name, reader):
+        resume = f"python train.py --resume {self.folder}"
         try:
             with open(self.folder / name) as file:
                 return reader(file)
         except FileNotFoundError:
-            raise Missing(f"{self.folder} is not finished: python train.py --resume {self.folder}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.folder / name} cannot be read ({error}): python train.py --resume {self.folder} writes it again"
-            ) from None
+            raise Missing(f"{self.folder} is not finished: {resume}") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.folder / name} cannot be read ({said}): {resume} writes it again") from None
 
     def metrics(self):
-        """metrics.csv: a dict of floats for each epoch."""
-        rows = self._read("metrics.csv", lambda f: [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)])
-        if not rows:
-            raise Missing(f"{self.folder} has no finished epoch: python train.py --resume {self.folder}")
-        return rows
+        """metrics.csv: a dict of floats for each epoch; none, if the first one was not finite."""
+        needed = ("epoch", "train_loss", "test_loss", "test_accuracy")
+        return self._read("metrics.csv", lambda f: [{k: float(row[k]) for k in needed} for row in csv.DictReader(f)])
 
     def result(self):
-        return self._read("result.json", json.load)
+        """Outcome, best epoch and best accuracy (None if there was no epoch) in result.json."""
+        needed = ("best_epoch", "best_test_accuracy")
+        return self._read("result.json", lambda f: (lambda r: (r["outcome"], *map(r.get, needed)))(json.load(f)))
 
     def histograms(self):
         """histograms.json as an array of counts: (epochs + 1, layers, 2: I_int and u, bins)."""
@@ -104,7 +103,10 @@ class Trained:
         return self._read("histograms.json", read)
 
     def networks(self):
-        """The dataset, and the network "at initialisation" and "after training" (at its best epoch)."""
+        """The dataset, and the network "at initialisation" and "after training" (at its best epoch).
+
+        The initialisation is drawn again from the run's seed; on another kind of device it is another draw.
+        """
         device = train.pick_device(None)
         dataset, before = train.make(self.config, device)
         train.prepare(self.config, dataset, before)
@@ -113,32 +115,49 @@ class Trained:
         return dataset, {"at initialisation": before.eval(), "after training": after.eval()}
 
 
-def trained_runs(folder):
-    """Every run in a folder of runs, or the one that the folder is."""
-    folder = Path(folder)
-    here = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
-    if not here:
-        raise Missing(f"{folder} has no run in it: python train.py --suite paper")
-    return [Trained(p) for p in here]
+def trained_runs(args):
+    """Every run in a folder of runs, or the one that the folder is: of one network, dataset and seed.
+
+    Those that are asked for, or else VGG-8, the digits and seed 0 where there is a choice.
+    """
+    folder = Path(args.runs)
+    alone = (folder / "config.json").exists()
+    runs = [Trained(p) for p in ([folder] if alone else sorted(p.parent for p in folder.glob("*/config.json")))]
+    command = ["python train.py --suite paper"]
+    for key, usual in (("data", "digits"), ("arch", "vgg8"), ("seed", 0)):
+        there = {run.config[key] for run in runs}
+        wanted = getattr(args, key)
+        if wanted is None:
+            wanted = there.pop() if len(there) == 1 else usual
+        runs = [run for run in runs if run.config[key] == wanted]
+        command += [f"--{key} {wanted}"] * (wanted != usual)
+    command += [f"--epochs {runs[0].config['epochs']}"] if runs else []
+    command += [f"--out {folder}"] * (str(folder) != "runs" and not alone)
+    if not runs:
+        raise Missing(f"{folder} has no such run in it: {' '.join(command)}")
+    for run in runs:
+        run.suite = " ".join(command)
+    return runs
 
 
 def pick(runs, **settings):
-    """The first run with these settings, those of the paper's method where nothing else is said, that fits the others.
+    """The run with these settings, and those of the paper's method where nothing else is said.
 
-    Others: the same arch, data and seed as the first run.
+    A single run is what it is.
     """
-    wanted = {k: runs[0].config[k] for k in ("arch", "data", "seed")} | FULL | settings
+    if len(runs) == 1 and not settings:
+        return runs[0]
     for run in runs:
-        if all(run.config[k] == v for k, v in wanted.items()):
+        if all(run.config[k] == v for k, v in (FULL | settings).items()):
             return run
     said = " ".join(f"{k}={v}" for k, v in settings.items()) or "the paper's settings"
-    raise Missing(f"no run with {said} for {wanted['data']} {wanted['arch']}: python train.py --suite paper")
+    raise Missing(f"no run with {said} in {runs[0].folder.parent}: {runs[0].suite}")
 
 
-def images(dataset):
-    """Some test images of every class, as the network's input, and their labels."""
-    step = -(-len(dataset.test_x) // SAMPLES)
-    return data.to_input(dataset.test_x[::step]), dataset.test_y[::step]
+def with_circuits(network):
+    if not circuits(network):
+        raise Missing("this network has no E-I circuits: draw it from a run with --model ei")
+    return network
 
 
 def by_layer(axis, n):
@@ -154,12 +173,23 @@ def by_epoch(axis):
 # ---- without training ------------------------------------------------------------------------------------------------
 
 
+def usual_settings(args):
+    """The settings of the runs, if there are any, or those that a run would have."""
+    try:
+        return pick(trained_runs(args)).config
+    except ValueError:
+        given = {k: getattr(args, k) for k in ("arch", "data", "data_root", "seed")}
+        return train.settings(train.parse([f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]))
+
+
 @torch.no_grad()
 def initialised(model, batch, how):
     """The network initialised: "E-I Init", "without its gain" (g_I = 1) or "|Kaiming|" (what `build` leaves)."""
     if how == "E-I Init":
         initialize(model, batch)
     elif how == "without its gain":
+        if batch.dim() == 4:  # every time step counts, as in `initialize`
+            batch = batch.unsqueeze(1).expand(-1, model.T, -1, -1, -1)
 
         def before_forward(circuit, args):
             ei_init(circuit, args[0])
@@ -177,7 +207,9 @@ def initialised(model, batch, how):
 
 def draw_init(args):
     """Mean and standard deviation of I_int and firing rate by layer, for three initialisations."""
-    dataset = data.load(args.data, args.data_root)
+    config = usual_settings(args)
+    dataset, _ = train.make(config, torch.device("cpu"))
+    torch.manual_seed(0)
     batch = data.to_input(dataset.train_x[torch.randperm(len(dataset.train_x))[:32]])
     archs, quantities = ("vgg8", "vgg19"), ("mean of $I_{int}$", "std of $I_{int}$", "firing rate")
     figure, axes = plt.subplots(3, 2, figsize=(PAGE, 4.8), sharex="col", sharey="row")
@@ -190,7 +222,8 @@ def draw_init(args):
             def see(i, current, u, spikes, found=found):
                 found.append([current.mean().item(), current.std().item(), spikes.mean().item()])
 
-            model = build(arch, dataset.in_channels, dataset.n_classes)
+            size = dict(T=config["T"], image_size=config["image_size"])
+            model = build(arch, dataset.in_channels, dataset.n_classes, **size)
             try:
                 initialised(model, batch, how)
             except ValueError:  # a silent layer has nothing to initialise the next with: the silence is what we draw
@@ -216,21 +249,21 @@ def draw_gradients(args):
         "E-I Prop": {},
         "no STE": dict(ste=False),
         "no scaling": dict(grad_scaling=False),
-        "$\\epsilon=10^{-6}$": dict(eps=1e-6),
-        "$\\epsilon=10^{-8}$": dict(eps=1e-8),
+        "\u03b5=1e-6": dict(eps=1e-6),
+        "\u03b5=1e-8": dict(eps=1e-8),
     }
-    config = train.settings(train.parse(["--arch", args.arch, "--data", args.data, "--data-root", args.data_root]))
+    config = usual_settings(args)
     figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.6), sharex=True)
     rows = []
     for (name, options), style in zip(variants.items(), STYLES, strict=False):
-        dataset, model = train.make(config | options, torch.device("cpu"))
+        dataset, model = train.make(config | FULL | options, torch.device("cpu"))
         train.prepare(config, dataset, model)
         x, y = train.training_batch(config, dataset, train.epoch_order(config, dataset, 0)[0], 0)
         F.cross_entropy(model(x), y).backward()
         for parameter, axis in zip(SYMBOLS, axes.flat, strict=True):
             found = [(i, getattr(c, parameter, None)) for i, c in enumerate(circuits(model), 1)]
             norms = [(i, p.grad.norm().item()) for i, p in found if p is not None]
-            rows += [dict(variant=name.strip("$"), parameter=parameter, layer=i, gradient_norm=n) for i, n in norms]
+            rows += [dict(variant=name, parameter=parameter, layer=i, gradient_norm=n) for i, n in norms]
             axis.plot(*zip(*norms, strict=True), label=name, **style)
     for parameter, axis in zip(SYMBOLS, axes.flat, strict=True):
         axis.set(yscale="log", title=f"gradient of {SYMBOLS[parameter]}")
@@ -247,7 +280,7 @@ def draw_gradients(args):
 
 def draw_curves(args):
     """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
-    runs = trained_runs(args.runs)
+    runs = trained_runs(args)
     figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.5))
     rows = []
     for (model, name), style in zip(NAMES.items(), STYLES, strict=False):
@@ -270,17 +303,15 @@ def table(name, first, runs, out):
     cells, rows = [[first, "outcome", "best epoch", "best accuracy"]], []
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 3.3 + 0.2 * len(runs)), height_ratios=(1, 1.6))
     for (label, run), style in zip(runs.items(), STYLES, strict=False):
-        result, metrics = run.result(), run.metrics()
-        best, epoch = result.get("best_test_accuracy"), result.get("best_epoch")
-        if not isinstance(result.get("outcome"), str) or not isinstance(best, float):
-            raise ValueError(f"{run.folder / 'result.json'} is not of this version")
-        cells.append([label, result["outcome"], str(epoch), f"{best:.2%}"])
+        (outcome, epoch, best), metrics = run.result(), run.metrics()
+        cells.append([label, outcome, str(epoch or "-"), "-" if best is None else f"{best:.2%}"])
         for m in metrics:
-            rows.append({"run": label, "outcome": result["outcome"], "epoch": int(m["epoch"])})
+            rows.append({"run": label, "outcome": outcome, "epoch": int(m["epoch"])})
             rows[-1] |= dict(train_loss=m["train_loss"], test_accuracy=m["test_accuracy"], best_test_accuracy=best)
         bottom.plot([m["epoch"] for m in metrics], [m["train_loss"] for m in metrics], label=label, **style)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    padded = [[c.ljust(w).replace("|", "\\|") for c, w in zip(row, widths, strict=True)] for row in cells]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
     lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
     print("\n".join(lines))
     top.axis("off")
@@ -294,14 +325,14 @@ def table(name, first, runs, out):
 
 def draw_epsilon(args):
     """The talk's table: what becomes of the training with a fixed epsilon, and with the adaptive one."""
-    runs = trained_runs(args.runs)
+    runs = trained_runs(args)
     fixed = {f"{eps:.0e}".replace("e-0", "e-"): pick(runs, eps=eps) for eps in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)}
     table("epsilon", "epsilon", fixed | {"adaptive": pick(runs)}, args.out)
 
 
 def draw_ablation(args):
     """What becomes of the training when one part of the method is left out."""
-    runs = trained_runs(args.runs)
+    runs = trained_runs(args)
     without = {"no STE": dict(ste=False), "no gradient scaling": dict(grad_scaling=False)}
     without |= {"|Kaiming| for E-I Init": dict(init="kaiming")}
     found = {"all of it": pick(runs)} | {name: pick(runs, **settings) for name, settings in without.items()}
@@ -325,9 +356,9 @@ def density(counts):
 
 def draw_representation(args):
     """Distributions of I_int and u before and after the training, and the last layer's firing rates in the plane."""
-    run = pick(trained_runs(args.runs))
+    run = pick(trained_runs(args))
     dataset, networks = run.networks()
-    x, y = images(dataset)
+    x, y = data.sample(dataset, run.config["T"])
     n = len(layers(networks["after training"]))
     shown = shown_layers(n)
     figure = plt.figure(figsize=(PAGE, 5.6))
@@ -343,7 +374,7 @@ def draw_representation(args):
             rates[i] = spikes.mean(0).flatten(1)  # of the last layer in the end
             rates.pop(i - 1, None)
             for row, (quantity, values) in enumerate((("i_int", current), ("u", u))):
-                counts = torch.histc(values.clamp(low, high), bins, low, high).cpu().numpy()
+                counts = np.array(histogram(values), dtype=float)
                 rows.extend(
                     dict(when=when, layer=i + 1, quantity=quantity, bin_centre=c, density=d)
                     for c, d in zip(CENTRES, density(counts), strict=True)
@@ -377,7 +408,7 @@ def draw_representation(args):
 
 def draw_evolution(args):
     """The same distributions through the training: a picture with the epochs along x, and an animated GIF."""
-    run = pick(trained_runs(args.runs))
+    run = pick(trained_runs(args))
     densities = density(run.histograms())  # (epochs + 1, layers, 2, bins)
     n_epochs, n = densities.shape[:2]
     shown = shown_layers(n)
@@ -404,7 +435,7 @@ def draw_evolution(args):
                 vmax=0.5,
                 interpolation="nearest",
             )
-            axis.axhline(1, color=EXC, ls="--", lw=0.8)
+            axis.axhline(1, color="black", ls="--", lw=0.8)
             axis.set_title("" if row else f"layer {i + 1}")
             if row:
                 by_epoch(axis)
@@ -426,8 +457,9 @@ def draw_evolution(args):
             line.set_ydata(densities[epoch, i, row])
 
     every = max(1, n_epochs // 60)
-    FuncAnimation(figure, frame, range(0, n_epochs, every)).save(
-        args.out / "evolution.gif", PillowWriter(fps=max(2, n_epochs // every // 15)), dpi=100
+    frames = sorted({*range(0, n_epochs, every), n_epochs - 1})
+    FuncAnimation(figure, frame, frames).save(
+        args.out / "evolution.gif", PillowWriter(fps=max(2, len(frames) // 15)), dpi=100
     )
     plt.close(figure)
 
@@ -449,60 +481,61 @@ def currents_of(network, x, index):
     return found
 
 
+def middle(values):
+    """Of maps (..., H, W), the position in the middle: so that a neuron is a map."""
+    return values[..., values.shape[-2] // 2, values.shape[-1] // 2]
+
+
 def draw_balance(args):
     """Excitation against subtractive inhibition of single neurons, and their currents and spikes through time."""
-    run = pick(trained_runs(args.runs))
+    run = pick(trained_runs(args))
     dataset, networks = run.networks()
-    x, _ = images(dataset)
-    layer, steps = len(layers(networks["after training"])) // 2, 24
+    x, _ = data.sample(dataset, run.config["T"], 16)
+    trained = with_circuits(networks["after training"])
+    layer, found = len(layers(trained)) // 2, {}
+    for when, network in networks.items():
+        if x.dim() == 4:
+            network.T = 24  # longer than it was trained for, to see the traces
+        of_circuit, potential = currents_of(network, x, layer), {}
+        observe(network, x, lambda i, current, u, spikes, potential=potential: potential.update({i: middle(u)}))
+        found[when] = [middle(of_circuit["i_ee"]).cpu(), middle(of_circuit["i_sub"]).cpu(), potential[layer].cpu()]
+    rates = (found["after training"][2] >= 1).float().mean(0)  # (images, maps)
+    neurons = (rates.mean(0) - 0.3).abs().argsort()[:3].tolist()  # neither silent nor always firing
+    image = (rates[:, neurons[0]] - 0.3).abs().argmin().item()
+    time = range(1, trained.T + 1)
+
     figure, axes = plt.subplots(2, 3, figsize=(PAGE, 4), width_ratios=(1, 1.2, 1.2), sharex="col")
     rows = []
-    for (when, network), (scatter, currents, membrane) in zip(networks.items(), axes, strict=True):
-        network.T = steps  # longer than it was trained for, to see the traces
-        # one position in the middle of each map, so that a neuron is an index (map)
-        found = {k: v[..., v.shape[-2] // 2, v.shape[-1] // 2] for k, v in currents_of(network, x[:64], layer).items()}
-        potential = {}
-
-        def see(i, current, u, spikes, potential=potential):
-            if i == layer:
-                potential.update(u=u[..., u.shape[-2] // 2, u.shape[-1] // 2])
-
-        observe(network, x[:64], see)
-        i_ee, i_sub, u = found["i_ee"], found["i_sub"], potential["u"]
-        rates = (u >= 1).float().mean(0)  # (images, maps)
-        neurons = (rates.mean(0) - 0.3).abs().argsort()[:3]  # neither silent nor always firing
-        for neuron, marker in zip(neurons.tolist(), "o^x", strict=True):
-            scatter.scatter(
-                i_ee[..., neuron].flatten().cpu(), i_sub[..., neuron].flatten().cpu(), s=4, marker=marker, lw=0.5,
-                color="black", alpha=0.3, label=f"neuron {neuron}",
-            )  # fmt: skip
+    for (when, (i_ee, i_sub, u)), (scatter, currents, membrane) in zip(found.items(), axes, strict=True):
+        for neuron, style in zip(neurons, STYLES, strict=False):
+            style = dict(marker=style["marker"], color=style["color"], s=4, lw=0, alpha=0.5)
+            scatter.scatter(i_ee[..., neuron], i_sub[..., neuron], label=f"map {neuron}", **style)
+            rows += [
+                dict(
+                    when=when, layer=layer + 1, neuron=neuron, image=k, step=t, i_ee=e, i_sub=i, u=v, spike=int(v >= 1)
+                )
+                for k in range(len(x))
+                for t, e, i, v in zip(time, *(of[:, k, neuron].tolist() for of in (i_ee, i_sub, u)), strict=True)
+            ]
         limit = max(scatter.get_xlim()[1], scatter.get_ylim()[1])
         scatter.plot([0, limit], [0, limit], color=GREY, lw=0.6)
-        scatter.set(ylabel=f"{when}\n$I_{{sub}}$")
-        neuron = neurons[0].item()
-        image = (rates[:, neuron] - 0.3).abs().argmin().item()
-        time = range(1, steps + 1)
-        currents.plot(time, i_ee[:, image, neuron].cpu(), color=EXC, label="$I_{EE}$")
-        currents.plot(time, i_sub[:, image, neuron].cpu(), color=INH, ls="--", label="$I_{sub}$")
+        scatter.set_ylabel(f"{when}\n$I_{{sub}}$")
+        currents.plot(time, i_ee[:, image, neurons[0]], color=EXC, label="$I_{EE}$")
+        currents.plot(time, i_sub[:, image, neurons[0]], color=INH, ls="--", label="$I_{sub}$")
         currents.set_ylabel("current")
-        trace = u[:, image, neuron].cpu()
-        membrane.plot(time, trace, color="black", label="$u$")
+        trace = u[:, image, neurons[0]]
+        membrane.plot(time, trace, color="black")
         membrane.axhline(1, color=GREY, ls="--", lw=0.8)
         fired = [t for t, v in zip(time, trace, strict=True) if v >= 1]
-        membrane.plot(fired, [trace.max().item() * 1.15 + 0.2] * len(fired), "|", color=EXC, ms=7, label="spikes")
+        membrane.plot(fired, [trace.max().item() * 1.15 + 0.2] * len(fired), "|", color=EXC, ms=7)
         membrane.set_ylabel("$u$ ($\\theta$)")
-        for neuron in neurons.tolist():
-            for t in range(steps):
-                rows.append(dict(when=when, layer=layer + 1, neuron=neuron, image=image, step=t + 1))
-                values = (i_ee[t, image, neuron], i_sub[t, image, neuron], u[t, image, neuron])
-                rows[-1] |= dict(zip(("i_ee", "i_sub", "u"), map(torch.Tensor.item, values), strict=True))
-                rows[-1]["spike"] = int(rows[-1]["u"] >= 1)
     axes[1, 0].set_xlabel("$I_{EE}$")
     for axis in axes[1, 1:]:
         axis.set_xlabel("time step")
+    axes[0, 0].legend(markerscale=2, handletextpad=0, borderpad=0)
     axes[0, 1].legend(ncols=2)
     axes[0, 0].set_title(f"three neurons of layer {layer + 1}")
-    axes[0, 1].set_title("one of them, one image")
+    axes[0, 1].set_title(f"map {neurons[0]}, one image")
     axes[0, 2].set_title("its membrane and spikes")
     save(figure, "balance", rows, args.out)
 
@@ -548,15 +581,17 @@ def contrast_response(network, x, contrasts):
 
 def draw_gain(args):
     """Contrast response of each layer of the trained network: what PV+ divisive inhibition is for."""
-    run = pick(trained_runs(args.runs))
+    run = pick(trained_runs(args))
     dataset, networks = run.networks()
     contrasts = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    responses = contrast_response(networks["after training"], images(dataset)[0][:64], contrasts)
+    responses = contrast_response(
+        with_circuits(networks["after training"]), data.sample(dataset, run.config["T"], 64)[0], contrasts
+    )
     conditions = ("divisive inhibition", "its mean instead")
     shown = shown_layers(responses.shape[2])
     figure, axes = plt.subplots(1, len(shown), figsize=(PAGE, 1.9), sharey=True, squeeze=False)
     for i, axis in zip(shown, axes[0], strict=True):
-        for values, name, style in zip(responses, conditions, ((INH, "o", "-"), (GREY, "s", "--")), strict=True):
+        for values, name, style in zip(responses, conditions, (("black", "o", "-"), (GREY, "s", "--")), strict=True):
             axis.plot(contrasts, values[:, i], label=name, **dict(zip(("color", "marker", "ls"), style, strict=True)))
         axis.set(
             title=f"layer {i + 1}", xlabel="contrast", xticks=(0, 1), ylim=(0, 1.1 * responses.max().item() + 1e-3)
@@ -574,8 +609,9 @@ def draw_gain(args):
 
 def draw_weights(args):
     """Distributions of weights and gains before and after the training, each in units of its layer's initial mean."""
-    run = pick(trained_runs(args.runs))
+    run = pick(trained_runs(args))
     _, networks = run.networks()
+    with_circuits(networks["after training"])
     figure, axes = plt.subplots(1, 5, figsize=(PAGE, 1.9), sharey=True)
     scale, edges, rows = {}, np.arange(0, 5.1, 0.08), []  # 1 is in the middle of a bin, the last is 5 and more
     for (when, network), filled in zip(networks.items(), (True, False), strict=True):
@@ -633,9 +669,10 @@ def command(argv):
     p.add_argument("figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {f.__doc__}" for k, f in FIGURES.items()))
     p.add_argument("runs", nargs="?", default="runs", help="a folder of runs, or one run (runs)")
     p.add_argument("--out", type=Path, default=Path("figures"), help="where the figures go (figures)")
-    p.add_argument("--arch", choices=ARCHS, default="vgg8", help="network of `gradients` (vgg8)")
-    p.add_argument("--data", choices=data.DATASETS, default="digits", help="images for `init` and `gradients` (digits)")
-    p.add_argument("--data-root", default="./data", help="where they are (./data)")
+    p.add_argument("--arch", choices=ARCHS, help="network, where there are runs of several (vgg8)")
+    p.add_argument("--data", choices=data.DATASETS, help="dataset, where there are runs of several (digits)")
+    p.add_argument("--seed", type=whole, help="seed, where there are runs of several (0)")
+    p.add_argument("--data-root", help="where the data are, for `init` and `gradients` without a run (./data)")
     args = p.parse_args(argv)
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:

@@ -18,9 +18,9 @@ for seed in $SEEDS; do
 done
 [ -z "$DEPTH" ] || "$PYTHON" train.py --suite depth "$@"
 "$PYTHON" visualize.py all "$OUT/runs" --data "$DATA" --data-root "$ROOT" --out "$OUT"
-[ -e "$OUT/bench.json" ] || "$PYTHON" bench.py --json "$OUT/bench.json"
+[ -s "$OUT/bench.json" ] || "$PYTHON" bench.py --json "$OUT/bench.json"
 
-"$PYTHON" - "$OUT" <<'END' | tee "$OUT/table.md"
+"$PYTHON" - "$OUT" <<'END' > "$OUT/table.md"
 import json, pathlib, sys
 
 AUTHORS = {("vgg8", "ei"): 87.03, ("vgg11", "ei"): 88.43, ("vgg16", "ei"): 91.01, ("vgg19", "ei"): 91.36,
@@ -32,10 +32,11 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("runs/*/result.json")):
     config, top1 = result["config"], 100 * result.get("best_test_accuracy", 0)
     asked = [config["arch"], config["model"]]
     asked += [f"eps={config['eps']}"] * (config["eps"] != "adaptive") + ["no STE"] * (not config["ste"])
-    asked += ["no scaling"] * (not config["grad_scaling"]) + ["|Kaiming|"] * (config["init"] != "ei")
+    asked += ["no scaling"] * (not config["grad_scaling"]) + ["Kaiming"] * (config["init"] != "ei")
     authors = AUTHORS.get(tuple(asked)) if config["data"] in ("cifar10", "folder") else None
     compared = f"{authors:.2f} | {top1 - authors:+.2f}" if authors else "- | -"
     seconds = result.get("train_seconds", 0) / max(1, result.get("epochs", 0))
     print(f"| {' '.join(asked)} | {config['seed']} | {result.get('epochs', 0)} | {seconds:.1f} | {result['outcome']} "
           f"| {top1:.2f} | {compared} |")
 END
+cat "$OUT/table.md"

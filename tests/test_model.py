@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 from model import ARCHS, KINDS, AvgPool, build, circuits, cost_table, costs, first_nonfinite, layers, population
+from train import train_step
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 
@@ -105,6 +106,20 @@ def test_first_nonfinite_names_the_layer():
     with torch.no_grad():
         model.encoder.stages[4].circuit.b_e[3] = float("nan")
     assert first_nonfinite(model, x) == "encoder.stages.4.circuit"
+
+
+def test_a_step_from_a_loss_that_is_not_finite_is_left_out_so_that_the_layer_can_be_named():
+    model = build("vgg8", plan=NARROW)
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    initialize(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    train_step(model, optimizer, x, y, 0.1)
+    with torch.no_grad():
+        model.readout.w_ee[0, 0] = float("inf")
+    before = [p.detach().clone() for p in model.parameters()]
+    assert not train_step(model, optimizer, x, y, 0.1)[0].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert first_nonfinite(model, x) == "readout"
 
 
 @pytest.mark.parametrize(

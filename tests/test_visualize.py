@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -57,13 +58,13 @@ def test_init(suite):
     torch.manual_seed(0)  # the same draw as the figure's
     batch = data.to_input(data.load("digits").train_x[torch.randperm(64)[:32]])
     torch.manual_seed(0)
-    net = model.build("vgg8", in_channels=1)
+    net = model.build("vgg8", in_channels=1, T=2)
     initialize(net, batch)
     i_int = net.encoder.stages[0].circuit(batch)
     row = next(row for row in rows if (row["arch"], row["init"], row["layer"]) == ("vgg8", "E-I Init", "1"))
     assert float(row["mean"]) == pytest.approx(i_int.mean().item(), abs=1e-4)
     assert float(row["std"]) == pytest.approx(i_int.std().item(), rel=1e-3)
-    spikes = net.encoder.stages[0](batch, 4, static=True)
+    spikes = net.encoder.stages[0](batch, 2, static=True)
     assert float(row["firing_rate"]) == pytest.approx(spikes.mean().item(), rel=1e-4)
 
 
@@ -102,7 +103,12 @@ def test_representation(suite):
     assert [float(r["density"]) for r in of] == pytest.approx(list(expected), abs=1e-3)
     with open(suite / "figures" / "representation-pca.csv") as file:
         points = list(csv.DictReader(file))
-    rates = net.encoder(x, 2, static=True).unflatten(0, (2, -1)).mean(0).detach().double()
+    spikes, static = x, True
+    for stage in net.encoder.stages[:-1]:  # without the last pooling
+        spikes, static = (
+            (stage(spikes, 2, static), False) if isinstance(stage, model.Layer) else (stage(spikes), static)
+        )
+    rates = spikes.unflatten(0, (2, -1)).mean(0).flatten(1).detach().double()
     centred = rates - rates.mean(0)
     expected = (torch.linalg.svd(centred, full_matrices=False).S[:2] ** 2).tolist()
     found = np.array([[float(p["pc1"]), float(p["pc2"])] for p in points if p["when"] == "after training"])
@@ -125,11 +131,11 @@ def test_evolution(suite):
 
 def test_balance(suite):
     rows = draw("balance", suite)
-    assert len(rows) == 2 * 3 * 24
+    assert len(rows) == 2 * 3 * 24 * 14
     _, networks = run_of(suite, "ei").networks()
     row = next(r for r in rows if r["when"] == "after training" and r["step"] == "1")
     net = networks["after training"]
-    x = data.to_input(data.load("digits").test_x[int(row["image"])])[None]
+    x = data.to_input(data.load("digits").test_x[3 * int(row["image"])])[None]  # 14 of 40 are looked at
     circuit = circuits(net)[2]
     seen = []
     circuit.register_forward_pre_hook(lambda c, a: seen.append(a[0][:1]))
@@ -160,7 +166,7 @@ def test_gain_is_flat_with_division_and_rises_without(suite):
 def test_gradients(suite):
     rows = draw("gradients", suite)
     assert len(rows) == 5 * (3 * 6 + 3 * 5)  # the readout has no g_I, g_E, b_E
-    config = run_of(suite, "ei").config | dict(T=4)
+    config = run_of(suite, "ei").config
     dataset, net = train.make(config, torch.device("cpu"))
     train.prepare(config, dataset, net)
     x, y = train.training_batch(config, dataset, train.epoch_order(config, dataset, 0)[0], 0)
@@ -187,7 +193,11 @@ def test_all_says_what_is_missing(suite, tmp_path, capsys):
     alone = suite / "runs" / "digits-vgg8-ei-seed0"
     assert visualize.main(["all", str(alone), "--out", str(tmp_path / "f")]) == 0
     out = capsys.readouterr().out
-    assert "curves: not drawn. no run with model=bn" in out and "python train.py --suite paper" in out
+    assert (
+        "curves: not drawn. no run with model=bn" in out
+        and "init.png" in out
+        and "python train.py --suite paper" in out
+    )
     assert (tmp_path / "f" / "gain.png").exists() and not (tmp_path / "f" / "curves.png").exists()
 
 
@@ -202,7 +212,7 @@ def fails(capsys, *arguments):
 
 
 def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
-    assert "has no run in it" in fails(capsys, "curves", tmp_path)
+    assert "has no such run in it" in fails(capsys, "curves", tmp_path)
     assert "invalid choice" in fails(capsys, "portrait")
     folder = tmp_path / "r"
     folder.mkdir()
@@ -215,7 +225,30 @@ def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
     assert "cannot be read" in fails(capsys, "evolution", folder, "--out", tmp_path)
     assert "has no best.pt" in fails(capsys, "weights", folder, "--out", tmp_path)
     (folder / "metrics.csv").write_text("epoch,train_loss\n1,2.3")
-    assert "error" in fails(capsys, "curves", folder, "--out", tmp_path)
+    assert "cannot be read" in fails(capsys, "curves", folder, "--out", tmp_path)
+
+
+def test_runs_of_several_networks_in_one_folder(suite, tmp_path, capsys):
+    for name in ("ei", "bn", "plain", "dann"):
+        shutil.copytree(run_of(suite, name).folder, tmp_path / name)
+    deep = tmp_path / "a-resnet18"  # the first in the alphabet
+    deep.mkdir()
+    config = json.loads((tmp_path / "ei" / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps(config | dict(arch="resnet18")))
+    assert visualize.main(["curves", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
+    err = fails(capsys, "curves", tmp_path, "--arch", "resnet18", "--out", tmp_path / "f")
+    assert "no run with model=bn" in err or "not finished" in err
+    assert "--seed 5" in fails(capsys, "curves", tmp_path, "--seed", "5")
+
+
+def test_a_run_without_a_finite_epoch_is_in_the_table(suite, tmp_path):
+    for path in (suite / "runs").iterdir():
+        shutil.copytree(path, tmp_path / path.name)
+    broken = tmp_path / "digits-vgg8-ei-eps1e-08-seed0"
+    (broken / "metrics.csv").write_text("")
+    (broken / "result.json").write_text(json.dumps(dict(outcome="failed to converge")))
+    assert visualize.main(["epsilon", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
+    assert "| 1e-8     | failed to converge | -" in (tmp_path / "f" / "epsilon.md").read_text()
 
 
 @torch.no_grad()
