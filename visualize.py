@@ -17,7 +17,7 @@ import torch.nn.functional as F
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from sklearn.decomposition import PCA
 
 import data
@@ -267,6 +267,11 @@ def draw_gradients(args):
             axis.plot(*zip(*norms, strict=True), label=name, **style)
     for parameter, axis in zip(SYMBOLS, axes.flat, strict=True):
         axis.set(yscale="log", title=f"gradient of {SYMBOLS[parameter]}")
+        low, high = axis.get_ylim()
+        axis.set_ylim(
+            10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high))
+        )  # whole decades, so that two are marked
+        axis.yaxis.set_minor_formatter(NullFormatter())
     for axis in axes[1]:
         by_layer(axis, len(circuits(model)))
     for axis in axes[:, 0]:
@@ -523,6 +528,7 @@ def draw_balance(args):
         currents.plot(time, i_ee[:, image, neurons[0]], color=EXC, label="$I_{EE}$")
         currents.plot(time, i_sub[:, image, neurons[0]], color=INH, ls="--", label="$I_{sub}$")
         currents.set_ylabel("current")
+        currents.margins(y=0.2)  # room for the legend
         trace = u[:, image, neurons[0]]
         membrane.plot(time, trace, color="black")
         membrane.axhline(1, color=GREY, ls="--", lw=0.8)
@@ -533,7 +539,7 @@ def draw_balance(args):
     for axis in axes[1, 1:]:
         axis.set_xlabel("time step")
     axes[0, 0].legend(markerscale=2, handletextpad=0, borderpad=0)
-    axes[0, 1].legend(ncols=2)
+    axes[0, 1].legend(ncols=2, loc="upper center")
     axes[0, 0].set_title(f"three neurons of layer {layer + 1}")
     axes[0, 1].set_title(f"map {neurons[0]}, one image")
     axes[0, 2].set_title("its membrane and spikes")
