@@ -1,7 +1,8 @@
 """Speed and memory: `python bench.py` measures what the E-I circuit costs, side by side in one process.
 
     literal       every equation of the paper by itself: two convolutions, two 1x1 products, the first layer computed T
-                  times, LIF as a loop that autograd differentiates. Below, and what the tests compare with
+                  times, LIF as a loop that autograd differentiates; the usual layout and memory management. Below, and
+                  what the tests compare with
     fast          what `train.py` uses, with the same parameters
     bn            BN-SNN, the same network with batch normalization
     dann          DANN, which has no time (T = 1)
@@ -269,6 +270,7 @@ def measure(args, device):
     longest, now = 0, time.perf_counter()
     while not longest or now + longest < start + args.seconds:
         for name, contender in contenders.items():
+            keep_memory(name != "literal")
             for kind in ("forward", "train"):
                 result["forms"][name][f"{kind}_s"].append(seconds(getattr(contender, kind), device))
         result["product_rate"].append(rates.product())
