@@ -161,7 +161,7 @@ def train_step(model, optimizer, x, y, lr, clip_norm=0):
 
 
 @torch.no_grad()
-def evaluate(model, x, y, batch_size=250):
+def evaluate(model, x, y, batch_size=100):
     """Mean loss, accuracy, and mean firing rate (spikes per neuron and time step) of each layer, on a test set."""
     model.eval()
     batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
