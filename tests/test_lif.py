@@ -2,32 +2,13 @@ import pytest
 import torch
 from conftest import relative_error
 
-from lif import ALPHA, LIF, lif
-
-
-class Spike(torch.autograd.Function):
-    """The step function with the slope of the logistic function."""
-
-    @staticmethod
-    def forward(ctx, v):
-        ctx.save_for_backward(v)
-        return (v >= 0).to(v.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sigma = torch.sigmoid(ALPHA * ctx.saved_tensors[0])
-        return grad * ALPHA * sigma * (1 - sigma)
+from bench import LiteralLIF
+from lif import LIF, lif, membrane_potential
 
 
 def literal(current, tau, threshold):
     """The equations as a loop over time that autograd differentiates."""
-    u = s = torch.zeros_like(current[0])
-    spikes = []
-    for i in current:
-        u = (1 - 1 / tau) * (u - threshold * s.detach()) + i
-        s = Spike.apply(u - threshold)
-        spikes.append(s)
-    return torch.stack(spikes)
+    return LiteralLIF(tau, threshold)(current)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
@@ -77,3 +58,10 @@ def test_refuses_what_is_no_neuron(tau, threshold):
 def test_refuses_a_current_without_time(current):
     with pytest.raises(ValueError, match="time step"):
         lif(current)
+
+
+def test_the_membrane_potential_is_that_of_the_spikes():
+    current = torch.randn(6, 50) + 0.5
+    u, spikes = membrane_potential(current, tau=3.0, threshold=0.8), lif(current, tau=3.0, threshold=0.8)
+    assert torch.equal(spikes, (u >= 0.8).float()) and 0.1 < spikes.mean() < 0.9
+    torch.testing.assert_close(u[1:], (1 - 1 / 3) * (u[:-1] - 0.8 * spikes[:-1]) + current[1:])
