@@ -23,6 +23,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import weakref
@@ -212,6 +213,7 @@ class Run:
         name, state = self._newest()
         if name == PREVIOUS:  # or the next save would put the damaged one in its place
             os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
+        print(f"{self.folder} goes on at step {state['step']}, after {len(state['history'])} epochs")
         self.best = state["best"]
         if self.mended:
             write_atomically(self.folder / "config.json", _json(self.config))
@@ -256,6 +258,8 @@ class Run:
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
+            if name == BEST and saved(self.folder):
+                raise ValueError(f"{path} is not there, for no epoch has ended: --resume {self.folder}") from None
             raise ValueError(
                 f"{self.folder} has no {name}: nothing was saved yet (then delete it and start again), or it is no run"
             ) from None
@@ -300,7 +304,7 @@ class Run:
             write_atomically(self.folder / "result.json", _json(result))
         last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
         print(f"{result['outcome']}{last}, {seconds:.0f} s of training")
-        print(f"run folder: {self.folder}   its figures: python visualize.py all {self.folder}")
+        print(f"run folder: {self.folder}   its figures: python visualize.py all {shlex.quote(str(self.folder))}")
 
 
 def _json(value):

@@ -7,8 +7,8 @@ With E[x], E[x^2] and Var[x] measured on a layer's input, and d its fan-in:
     g_I  = sqrt(E[x^2] + Var[x]) / (sqrt(d) E[x])           for Bernoulli(p) spikes sqrt((2 - p) / (d p))
 
 An exponential variable is non-negative and its variance is the square of its mean. So the interneurons' average is the
-excitatory mean, E[I_sub] = E[I_EE]: the balanced current has mean 0. And E[I_div] = std(I_EE): the divided one has
-standard deviation 1.
+excitatory mean, E[I_sub] = E[I_EE]: the balanced current has mean 0. And E[I_div] = std(I_EE): the divided one has a
+standard deviation of about 1.
 """
 
 import torch

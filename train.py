@@ -108,8 +108,8 @@ def settings(args):
 def pick_device(name):
     """The device by name, or the fastest at hand. Under torchrun, each process's own, and it joins the others."""
     try:
-        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.device((local if torch.cuda.is_available() else "cpu") if name in (None, "cuda") else name)
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()

@@ -58,7 +58,8 @@ def save(figure, name, rows, out):
     """Writes name.png, name.pdf and the rows (dicts) behind them as name.csv."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
-        figure.savefig(out / f"{name}.{suffix}", dpi=200)
+        undated = dict(CreationDate=None) if suffix == "pdf" else None  # the same picture is the same file
+        figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=undated)
     plt.close(figure)
     write_csv(out / f"{name}.csv", rows)
 
@@ -674,12 +675,14 @@ def command(argv):
     p = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     p.add_argument("figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {f.__doc__}" for k, f in FIGURES.items()))
     p.add_argument("runs", nargs="?", default="runs", help="a folder of runs, or one run (runs)")
-    p.add_argument("--out", type=Path, default=Path("figures"), help="where the figures go (figures)")
+    p.add_argument("--out", type=Path, help="where the figures go (figures; of one run, its own folder)")
     p.add_argument("--arch", choices=ARCHS, help="network, where there are runs of several (vgg8)")
     p.add_argument("--data", choices=data.DATASETS, help="dataset, where there are runs of several (digits)")
     p.add_argument("--seed", type=whole, help="seed, where there are runs of several (0)")
     p.add_argument("--data-root", help="where the data are, for `init` and `gradients` without a run (./data)")
     args = p.parse_args(argv)
+    alone = Path(args.runs, "config.json").exists()
+    args.out = args.out or (Path(args.runs, "figures") if alone else Path("figures"))
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:
         torch.manual_seed(0)
