@@ -146,7 +146,7 @@ def learning_rate(config, step, steps_per_epoch):
 
 
 def train_step(model, optimizer, x, y, lr, clip_norm=0):
-    """One step of SGD, then Dale's law. Returns loss and accuracy, left on the device."""
+    """One step of a fused SGD, then Dale's law. Returns loss and accuracy, left on the device."""
     optimizer.param_groups[0]["lr"] = lr
     logits = model(x)
     loss = F.cross_entropy(logits, y)

@@ -352,7 +352,7 @@ def test_a_network_learns_the_direction_of_motion(tmp_path, tonic):
     config = dict(seed=0, batch_size=16, epochs=8, lr=0.004, warmup_epochs=1, warmup_from=1e-7)
     model = build("vgg8", d.in_channels, 2, T=T, image_size=16, plan=["P", 32, 32, "P", 32, "P"])
     initialize(model, train.training_batch(config, d, train.epoch_order(config, d, 0)[0], 0)[0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4, fused=True)
     step = 0
     for epoch in range(config["epochs"]):
         for indices in train.epoch_order(config, d, epoch):
