@@ -11,6 +11,8 @@ excitatory mean, E[I_sub] = E[I_EE]: the balanced current has mean 0. And E[I_di
 standard deviation of about 1.
 """
 
+from contextlib import ExitStack
+
 import torch
 
 from inhibition import EICircuit
@@ -72,11 +74,9 @@ def initialize(model, batch):
 
     if len(batch) < 2:
         raise ValueError("E-I Init measures a variance: it needs a batch of at least 2 samples")
-    hooks = [circuit.register_forward_pre_hook(before_forward) for circuit in names]
     if batch.dim() == 4:  # a static image is the same frame at each time step, and counts as often
         batch = batch.unsqueeze(1).expand(-1, model.T, -1, -1, -1)
-    try:
+    with ExitStack() as hooks:
+        for circuit in names:
+            hooks.enter_context(circuit.register_forward_pre_hook(before_forward))
         model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()

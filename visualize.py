@@ -4,9 +4,11 @@ Each subcommand draws one figure from a folder of runs (or from one run), as PNG
 drew beside it as CSV. Orange is excitation and blue is inhibition, wherever they are told apart.
 """
 
+import copy
 import csv
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
@@ -111,7 +113,7 @@ class Trained:
         device = train.pick_device(None)
         dataset, before = train.make(self.config, device)
         train.prepare(self.config, dataset, before)
-        after = train.make(self.config, device)[1]
+        after = copy.deepcopy(before)
         restore(after, self.run.load("best.pt")["model"], self.folder / "best.pt")
         return dataset, {"at initialisation": before.eval(), "after training": after.eval()}
 
@@ -197,12 +199,10 @@ def initialised(model, batch, how):
             if not circuit.readout:
                 circuit.g_i.fill_(1)
 
-        hooks = [c.register_forward_pre_hook(before_forward) for c in circuits(model)]
-        try:
+        with ExitStack() as hooks:
+            for circuit in circuits(model):
+                hooks.enter_context(circuit.register_forward_pre_hook(before_forward))
             model(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
     return model
 
 
@@ -479,11 +479,8 @@ def currents_of(network, x, index):
     def record(circuit, args):
         found.update({k: v.unflatten(0, (network.T, -1)) for k, v in circuit.currents(args[0]).items()})
 
-    hook = circuit.register_forward_pre_hook(record)
-    try:
+    with circuit.register_forward_pre_hook(record):
         network(x)
-    finally:
-        hook.remove()
     return found
 
 
@@ -562,10 +559,10 @@ def contrast_response(network, x, contrasts):
         i_div = circuit.currents(args[0])["i_div"]
         means[circuit] = i_div.mean((0, 2, 3), keepdim=True)
 
-    hooks = [c.register_forward_pre_hook(measure) for c in divided]
-    network(x)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for circuit in divided:
+            hooks.enter_context(circuit.register_forward_pre_hook(measure))
+        network(x)
 
     def undivided(circuit, args, _):
         found = circuit.currents(args[0])
