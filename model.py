@@ -7,6 +7,7 @@ neurons take it apart. A static image is a constant current, so its first circui
 
 import ctypes
 import sys
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -250,13 +251,13 @@ def population(model):
     """
     shapes = {}
     modules = [*layers(model), model.readout]
-    hooks = [m.register_forward_hook(lambda m, _, out: shapes.update({m: out.shape[1:]})) for m in modules]
     device = next(model.parameters()).device
     training = model.training
-    model.eval()(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
+    with ExitStack() as hooks:
+        for m in modules:
+            hooks.enter_context(m.register_forward_hook(lambda m, _, out: shapes.update({m: out.shape[1:]})))
+        model.eval()(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
     model.train(training)
-    for hook in hooks:
-        hook.remove()
     n_e = sum(shape.numel() for shape in shapes.values())
     n_i = 0
     for m, (_, *positions) in shapes.items():
@@ -278,14 +279,11 @@ def observe(model, x, see):
         u = membrane_potential(args[0], neuron.tau, neuron.threshold) if isinstance(neuron, LIF) else args[0]
         see(i, args[0], u, spikes)
 
-    hooks = [m.neuron.register_forward_hook(partial(hook, i=i)) for i, m in enumerate(layers(model))]
-    training = model.training
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(model.train, model.training)
+        for i, layer in enumerate(layers(model)):
+            hooks.enter_context(layer.neuron.register_forward_hook(partial(hook, i=i)))
         model.eval()(x)
-    finally:
-        model.train(training)
-        for h in hooks:
-            h.remove()
 
 
 def describe(model):
@@ -353,15 +351,13 @@ def costs(model, x):
     def fire(layer, args, spikes):
         rows[-1]["firing_rate"] = spikes.mean().item()
 
-    hooks = [model.readout.register_forward_hook(partial(count, name="readout"))]
-    for i, layer in enumerate(layers(model), 1):
-        hooks.append(layer.circuit.register_forward_hook(partial(count, name=str(i))))
-        hooks.append(layer.register_forward_hook(fire))
-    training = model.training
-    model.eval()(x)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        hooks.callback(model.train, model.training)
+        hooks.enter_context(model.readout.register_forward_hook(partial(count, name="readout")))
+        for i, layer in enumerate(layers(model), 1):
+            hooks.enter_context(layer.circuit.register_forward_hook(partial(count, name=str(i))))
+            hooks.enter_context(layer.register_forward_hook(fire))
+        model.eval()(x)
     return rows
 
 
@@ -390,8 +386,8 @@ def first_nonfinite(model, x):
             found.append(name)
 
     leaves = {m: name for name, m in model.named_modules() if name and not list(m.children())}
-    hooks = [m.register_forward_hook(partial(check, name=name)) for m, name in leaves.items()]
-    model(x)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for m, name in leaves.items():
+            hooks.enter_context(m.register_forward_hook(partial(check, name=name)))
+        model(x)
     return found[0] if found else "loss"
