@@ -43,7 +43,8 @@ SEAL = hashlib.sha256().digest_size  # bytes
 BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict}
 ROW = {"epoch": int, "test_accuracy": float, "seconds": float}
 STATE = {"model": dict, "optimizer": {"state": dict}, "step": int, "epoch_sums": (float, float), "history": [ROW]}
-STATE |= {"histograms": list, "config": dict, "best": [BEST_STATE]}  # best: empty before the first epoch's end
+STATE |= {"epoch_seconds": float, "histograms": list, "config": dict}
+STATE |= {"best": [BEST_STATE]}  # empty before the first epoch's end
 
 
 def misfit(value, kind, name="it"):

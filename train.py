@@ -190,12 +190,12 @@ def train(run, config, dataset, model, device, resumed=None):
     )
     # A read waits for a GPU, hence one in 20 steps: sums over steps of loss and accuracy, and whether to stop.
     read_every, per_epoch = 1 if device.type == "cpu" else 20, len(dataset.train_y) // config["batch_size"]
-    step, sums, history, recorded = 0, torch.zeros(3, device=device), [], []
+    step, spent, history, recorded, sums = 0, 0.0, [], [], torch.zeros(3, device=device)
     sample, _ = data.sample(dataset, config["T"], 64)  # for the histograms
     if resumed:
         restore(model, resumed["model"], run.folder / "checkpoint.pt")
         restore(optimizer, resumed["optimizer"], run.folder / "checkpoint.pt")
-        step, history, recorded = resumed["step"], resumed["history"], resumed["histograms"]
+        step, spent, history, recorded = (resumed[k] for k in ("step", "epoch_seconds", "history", "histograms"))
         sums[:2] = torch.tensor(resumed["epoch_sums"], device=device)
         if step // per_epoch != len(history):
             raise ValueError(f"{run.folder} is at step {step}, not in epoch {len(history) + 1}: its data have changed")
@@ -204,15 +204,15 @@ def train(run, config, dataset, model, device, resumed=None):
         recorded.append(histograms(model, sample))
     parallel = DistributedDataParallel(model) if world > 1 else model  # every process starts from the first one's
 
-    def save(totals):
+    def save(totals, seconds):
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, histograms=recorded)
-        run.save(state | dict(epoch_sums=totals, history=history))
+        run.save(state | dict(epoch_sums=totals, epoch_seconds=seconds, history=history))
 
     if not resumed:
-        save([0.0, 0.0])
+        save([0.0, 0.0], 0.0)
     with StopRequest() as stop:
         while step < config["epochs"] * per_epoch:
-            epoch, start = step // per_epoch, time.perf_counter()
+            epoch, start, spent = step // per_epoch, time.perf_counter() - spent, 0.0
             batches, first = epoch_order(config, dataset, epoch), step % per_epoch
             bar = tqdm(total=per_epoch, initial=first, leave=False, disable=bool(rank) or None)
             bar.set_description(f"epoch {epoch + 1}/{config['epochs']}")
@@ -234,11 +234,11 @@ def train(run, config, dataset, model, device, resumed=None):
                     print(f"epoch {epoch + 1}: the loss is not finite; first layer with such values: {broken}")
                     return run.finish(history, dataset.n_classes, broken)
                 bar.update(i + 1 - bar.n)
-                rate = (i + 1 - first) * len(y) / (time.perf_counter() - start)
+                rate = (i + 1) * len(y) / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}, {rate:.0f} images/s")
                 if stopped and i + 1 < per_epoch:
                     bar.close()
-                    save([loss, accuracy])
+                    save([loss, accuracy], time.perf_counter() - start)
                     return stop.signal or signal.SIGTERM  # of another process
             bar.close()
             row = dict(epoch=epoch + 1, lr=lr, train_loss=loss / per_epoch, train_accuracy=accuracy / per_epoch)
@@ -248,7 +248,7 @@ def train(run, config, dataset, model, device, resumed=None):
             recorded.append(histograms(model, sample))
             run.keep_best(model, row)
             sums.zero_()
-            save([0.0, 0.0])
+            save([0.0, 0.0], 0.0)
             print(f"epoch {epoch + 1:3d}  loss {row['train_loss']:.4f}  test accuracy {accuracy:.2%}", end="  ")
             print(f"{row['seconds']:.0f} s  firing rates", " ".join(f"{r:.3f}" for r in rates), flush=True)
             if stopped or (world == 1 and stop.signal):

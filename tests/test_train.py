@@ -196,6 +196,23 @@ def test_killed_and_resumed_ends_bit_identical(epoch, how, options, undisturbed,
     assert (tmp_path / "r" / "metrics.csv").read_text().count("\n") == 5
 
 
+def test_an_epoch_lasts_as_long_as_its_parts(options, tmp_path, monkeypatch):
+    def step_and_stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    step, resume = train.train_step, Run.resume
+    monkeypatch.setattr(train, "train_step", step_and_stop)
+    assert train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")]) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    state = Run(tmp_path / "r").load()
+    assert state["step"] == 1 and state["epoch_seconds"] > 0
+    monkeypatch.setattr(Run, "resume", lambda run: resume(run) | dict(epoch_seconds=1000.0))
+    assert train.main(["--resume", str(tmp_path / "r")]) == 0
+    (row,) = csv.DictReader((tmp_path / "r" / "metrics.csv").open())
+    assert 1000 < float(row["seconds"]) < 1500
+
+
 def test_resuming_a_finished_run_changes_nothing(options, tmp_path):
     train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")])
     before, result = parameters(tmp_path / "r"), (tmp_path / "r" / "result.json").read_text()
