@@ -32,9 +32,10 @@ RECIPE |= dict(warmup_epochs=30, warmup_from=1e-7, clip_norm=0.0)
 RECIPES = {  # what differs, by (data, arch); data without a (data, None) start from "cifar"
     ("cifar", "vgg8"): dict(lr=0.002, warmup_epochs=10),
     ("cifar", "vgg11"): dict(lr=0.002, warmup_epochs=10),
-    ("digits", "vgg8"): dict(lr=0.002, epochs=6, batch_size=32, warmup_epochs=0.2),
-    ("digits", "vgg11"): dict(lr=0.002, epochs=6, batch_size=32, warmup_epochs=0.2),
-    ("digits", None): dict(lr=0.001, epochs=12, batch_size=32, warmup_epochs=1.2),
+    ("digits", None): dict(lr=0.002, epochs=6, batch_size=32, warmup_epochs=0.2),
+    ("digits", "vgg16"): dict(lr=0.001, epochs=12, warmup_epochs=1.2),
+    ("digits", "vgg19"): dict(lr=0.001, epochs=16, warmup_epochs=1.6),
+    ("digits", "resnet18"): dict(lr=0.003, epochs=12, warmup_epochs=1.2),
     ("tinyimagenet", "resnet18"): dict(lr=0.003, warmup_epochs=10, warmup_from=0.001),
     ("cifar10-dvs", None): dict(warmup_epochs=10, batch_size=32, T=10, image_size=48),
     ("dvs-gesture", None): dict(warmup_epochs=10, batch_size=32, T=16, image_size=48),
@@ -185,9 +186,8 @@ def evaluate(model, x, y, batch_size=100):
 def train(run, config, dataset, model, device, resumed=None):
     """Trains from the start, or from the state of a checkpoint, to the end. Returns a signal's number if stopped."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config["lr"], momentum=MOMENTUM, weight_decay=config["weight_decay"], fused=True
-    )
+    options = dict(lr=config["lr"], momentum=MOMENTUM, weight_decay=config["weight_decay"], fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), **options)
     # A read waits for a GPU, hence one in 20 steps: sums over steps of loss and accuracy, and whether to stop.
     read_every, per_epoch = 1 if device.type == "cpu" else 20, len(dataset.train_y) // config["batch_size"]
     step, spent, history, recorded, sums = 0, 0.0, [], [], torch.zeros(3, device=device)
@@ -277,8 +277,8 @@ def main(argv=None):
 
 def command(args):
     """Evaluates, resumes or trains, as asked; returns the exit status."""
-    if sum(asked is not None for asked in (args.resume, args.eval, args.suite)) > 1:
-        raise ValueError("--resume goes on with a training, --eval tests one, --suite trains many: give one of them")
+    if sum(asked is not None for asked in (args.resume, args.eval, args.suite or args.out)) > 1:
+        raise ValueError("--resume goes on with a run, --eval tests one, --suite and --out are for new ones: give one")
     device = pick_device(args.device)
     keep_memory()
     if args.suite:

@@ -571,15 +571,15 @@ def contrast_response(network, x, contrasts):
 
     responses = torch.zeros(2, len(contrasts), len(divided))
     for which in range(2):
-        hooks = [c.register_forward_hook(undivided) for c in divided] if which else []
-        for k, contrast in enumerate(contrasts):
+        with ExitStack() as hooks:
+            for circuit in divided * which:
+                hooks.enter_context(circuit.register_forward_hook(undivided))
+            for k, contrast in enumerate(contrasts):
 
-            def see(i, current, u, spikes, which=which, k=k):
-                responses[which, k, i] = spikes.mean()
+                def see(i, current, u, spikes, which=which, k=k):
+                    responses[which, k, i] = spikes.mean()
 
-            observe(network, contrast * x, see)
-        for hook in hooks:
-            hook.remove()
+                observe(network, contrast * x, see)
     return responses
 
 
