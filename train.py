@@ -278,7 +278,7 @@ def main(argv=None):
 def command(args):
     """Evaluates, resumes or trains, as asked; returns the exit status."""
     if sum(asked is not None for asked in (args.resume, args.eval, args.suite or args.out)) > 1:
-        raise ValueError("--resume goes on with a run, --eval tests one, --suite and --out are for new ones: give one")
+        raise ValueError("--resume goes on with a run, --eval tests it, --suite and --out make new: give one of them")
     device = pick_device(args.device)
     keep_memory()
     if args.suite:

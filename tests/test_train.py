@@ -292,8 +292,8 @@ def test_every_sample_is_drawn_once_an_epoch(options):
         (["--data", "folder", "--data-root", "/nowhere/at/all"], "no folder"),
         (["--resume", "/nowhere/at/all"], "not a run folder"),
         (["--eval", "/nowhere/at/all"], "not a run folder"),
-        (["--resume", "a", "--eval", "b"], "give one"),
-        (["--resume", "a", "--out", "b"], "give one"),
+        (["--resume", "a", "--eval", "b"], "one of them"),
+        (["--resume", "a", "--out", "b"], "one of them"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, words, capsys, tmp_path, monkeypatch):
