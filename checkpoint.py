@@ -2,7 +2,7 @@
 
     checkpoint.pt       the whole state of the training; all the others are written again from it when a run is resumed
     checkpoint.prev.pt  the one before, for when that one turns out to be damaged
-    config.json         every setting, written once
+    config.json         every setting, written once, after the first checkpoint
     best.pt             parameters of the epoch with the best test accuracy
     metrics.csv         a line an epoch
     histograms.json     how I_int and u of each layer are distributed (`model.histograms`), at the start and after each
@@ -108,7 +108,7 @@ class Run:
         self.folder, self.best = Path(folder), []
         self.config = config  # as config.json has it
         self.writes = False  # a process that has not locked the folder does not
-        self.mended = False  # whether that is to be written again
+        self.unwritten = False  # whether that is still to be written, or again
         if config is None:
             self.config = self._read_config()
 
@@ -128,13 +128,13 @@ class Run:
             reason = f"{self.folder} is not a run folder: it has no config.json" if missing else reason
             raise ValueError(reason) from None
         print(f"{reason}; the settings in the checkpoint are used")
-        self.mended = True
+        self.unwritten = True
         return config
 
     @classmethod
     def create(cls, folder, config):
-        """A new folder that holds `config`. One that already holds a run is refused, unless it was stopped before it
-        saved anything and had the same settings."""
+        """A new folder, in which the first `save` puts `config` too, so that a training which ends before that leaves
+        nothing in the way of the next. One that already holds a run is refused."""
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +142,9 @@ class Run:
             raise OSError(f"cannot make the run folder {folder}: {error.strerror}") from None
         run = cls(folder, json.loads(_json(config)))
         run.lock()
-        if holds_run(folder) and (saved(folder) or cls(folder).config != run.config):
+        if holds_run(folder):
             raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --out")
-        write_atomically(folder / "config.json", _json(config))
+        run.unwritten = True
         return run
 
     def lock(self):
@@ -198,6 +198,9 @@ class Run:
         self._derive(state, new=self.best and self.best[0]["epoch"] == len(state["history"]))
 
     def _derive(self, state, new):
+        if self.unwritten:
+            write_atomically(self.folder / "config.json", _json(self.config))
+            self.unwritten = False
         if new:
             write_atomically(self.folder / BEST, _sealed(self.best[0]))
         history, text = state["history"], io.StringIO()
@@ -216,8 +219,6 @@ class Run:
             os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
         print(f"{self.folder} goes on at step {state['step']}, after {len(state['history'])} epochs")
         self.best = state["best"]
-        if self.mended:
-            write_atomically(self.folder / "config.json", _json(self.config))
         self._derive(state, new=self.best)
         return state
 
@@ -261,6 +262,8 @@ class Run:
         except FileNotFoundError:
             if name == BEST and saved(self.folder):
                 raise ValueError(f"{path} is not there, for no epoch has ended: --resume {self.folder}") from None
+            if saved(self.folder):
+                raise ValueError(f"{path} is not there") from None
             raise ValueError(
                 f"{self.folder} has no {name}: nothing was saved yet (then delete it and start again), or it is no run"
             ) from None
@@ -423,8 +426,9 @@ def status(command):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
             raise  # an error of the program
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes the first says "error", so that it is said once
+        who = "error" if rank == "0" else f"process {rank}"
+        print(f"{who}: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
         return 2
 
 

@@ -58,15 +58,15 @@ def test_the_best_epoch_is_kept(tmp_path):
 
 
 def test_an_existing_run_is_never_overwritten(tmp_path):
-    run = Run.create(tmp_path / "r", {})
+    run = Run.create(tmp_path / "r", dict(arch="vgg11"))
     del run
-    with pytest.raises(ValueError, match="already holds a run"):
-        Run.create(tmp_path / "r", dict(arch="vgg11"))
-    Run.create(tmp_path / "r", {}).save(STATE)  # nothing had been saved, so nothing is lost
+    assert free_folder(tmp_path / "r") == tmp_path / "r"  # nothing was saved, so nothing is lost
+    Run.create(tmp_path / "r", {}).save(STATE)
     with pytest.raises(ValueError, match="already holds a run"):
         Run.create(tmp_path / "r", {})
     assert free_folder(tmp_path / "r") == tmp_path / "r-2"
-    Run.create(tmp_path / "r-2", {})
+    (tmp_path / "r-2").mkdir()
+    (tmp_path / "r-2" / "config.json").touch()
     assert free_folder(tmp_path / "r") == tmp_path / "r-3"
     (tmp_path / "r-3").mkdir()
     (tmp_path / "r-3" / "checkpoint.prev.pt").touch()  # the rest of one is not written over either

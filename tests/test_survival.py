@@ -77,10 +77,11 @@ class Before:
         function(*args)
 
 
-@pytest.mark.parametrize("renames", range(2, 11))
+@pytest.mark.parametrize("renames", range(1, 12))
 def test_killed_at_each_rename(renames, options, undisturbed, tmp_path):
-    """0 is of config.json, 1 and 2 of the state before the first step (checkpoint.pt, metrics.csv), 3 to 6 of the first
-    epoch (checkpoint.pt to checkpoint.prev.pt, checkpoint.pt, best.pt, metrics.csv), 7 to 9 of the second, 10 ..."""
+    """0 to 3 are of the state before the first step (checkpoint.pt, config.json, metrics.csv, histograms.json), 4 to 8
+    of the first epoch (checkpoint.pt to checkpoint.prev.pt, checkpoint.pt, best.pt and the last two), then the second.
+    """
     folder = tmp_path / "r"
     assert finished([*options, "--out", folder], tmp_path / "log", Before(kill_at, renames)) == -signal.SIGKILL
     resume_and_compare(folder, undisturbed)
@@ -171,7 +172,7 @@ def test_full_disk(writes, options, undisturbed, tmp_path):
 @pytest.fixture
 def killed(options, tmp_path):
     """The folder of a run that was killed in its third epoch."""
-    assert finished([*options, "--out", tmp_path / "r"], tmp_path / "log", Before(kill_at, 13)) == -signal.SIGKILL
+    assert finished([*options, "--out", tmp_path / "r"], tmp_path / "log", Before(kill_at, 16)) == -signal.SIGKILL
     return tmp_path / "r"
 
 
