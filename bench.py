@@ -30,7 +30,7 @@ from checkpoint import Parser, count, positive, status
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d
 from lif import ALPHA, LIF
-from model import ARCHS, AvgPool, Layer, build, keep_memory
+from model import ARCHS, AvgPool, Layer, build, hooked, keep_memory
 from train import MOMENTUM, pick_device, train_step
 
 N_CLASSES, IMAGE = 10, (3, 32, 32)
@@ -243,11 +243,8 @@ def arithmetic(model, x):
         training.append(passes * positions * n * d + 3 * positions * local)
         unpadded.append(passes * positions * n * d * inside + 3 * positions * local)
 
-    leaves = [m for m in model.modules() if not list(m.children())]
-    hooks = [m.register_forward_hook(hook) for m in leaves]
-    model.eval()(x)
-    for h in hooks:
-        h.remove()
+    with hooked(model, [m.register_forward_hook(hook) for m in model.modules() if not list(m.children())]):
+        model(x)
     return sum(forward), sum(training), sum(unpadded), 3 * sum(values) * x.element_size()
 
 
@@ -347,7 +344,7 @@ def profile(args, device):
 
 def sweeps(args):
     """What `--scaling` varies, one thing at a time: name -> [(value, arguments of build, batch size)]."""
-    size, chain = max(2, args.batch_size // 4), [64, "P", 128, "P"]  # then circuits of the same cost each
+    size, chain = max(4, args.batch_size // 4), [64, "P", 128, "P"]  # then circuits of the same cost each
     return {
         "time steps T": [(T, dict(arch=args.arch, T=T), size) for T in (1, 2, 4, 6, 8)],
         "batch size": [(n, dict(arch=args.arch, T=args.T), n) for n in (size // 2, size, 2 * size, 3 * size, 4 * size)],

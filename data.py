@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -264,7 +265,8 @@ def _cached(root, files, shape, decode):
         torch.save(x, temporary)
         temporary.replace(cache)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         print(f"what was decoded cannot be cached in {root} ({str(error).splitlines()[0]}): going on without")
     return x
 
@@ -275,7 +277,7 @@ def _listing(folder, inner=""):
     The images of a class are in its folder, or in the folder `inner` of that.
     """
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: --data folder needs train/<class>/ and test/<class>/ (or val/<class>/)")
+        raise ValueError(f"no folder {folder}: images are read from train/<class>/ and test/<class>/ or val/<class>/")
     classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder} has no class folders in it")

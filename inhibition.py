@@ -81,7 +81,8 @@ class EICircuit(nn.Module):
         return self.w_ie, w_ei, None if self.readout else self.g_i
 
     def currents(self, x):
-        """Every current of the circuit, line by line as in the paper: a dict of I_EE, I_IE, I_sub, I_div and I_int.
+        """Every current of the circuit, line by line as in the paper: a dict of i_ee, i_ie, i_sub, i_div (not in a
+        readout) and i_int.
 
         `forward` computes the same I_int with fewer operations.
         """

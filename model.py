@@ -7,7 +7,7 @@ neurons take it apart. A static image is a constant current, so its first circui
 
 import ctypes
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -195,7 +195,7 @@ def build(
             without spikes), see `baselines.py`.
         image_size: side of the square images, at least 32 for the plans of the paper.
         plan: replaces a VGG's list of layers, e.g. [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"].
-        ei_ratio, eps, ste, grad_scaling: of every circuit, see `EICircuit`; only `kind="ei"` has circuits.
+        ei_ratio, eps, ste, grad_scaling: of every circuit of kind "ei", see `EICircuit`; `ei_ratio` also of "dann".
 
     Returns:
         A module: images (B, C, S, S) or frames (B, T, C, S, S) -> logits (B, n_classes). Its E-I circuits are to be
@@ -243,6 +243,20 @@ def layers(model):
     return [m for m in model.modules() if isinstance(m, Layer)]
 
 
+@contextmanager
+def hooked(model, hooks, training=False):
+    """The network as in testing (or in training) and with hooks on, for a `with` block; then as it was before.
+
+    hooks: what `register_forward_hook` and its like return.
+    """
+    with ExitStack() as after:
+        after.callback(model.train, model.training)
+        for hook in hooks:
+            after.enter_context(hook)
+        model.train(training)
+        yield
+
+
 @torch.no_grad()
 def population(model):
     """Numbers of excitatory and inhibitory neurons of a network: one for each map and position of each layer.
@@ -250,14 +264,13 @@ def population(model):
     The readout's units and interneurons count too.
     """
     shapes = {}
-    modules = [*layers(model), model.readout]
-    device = next(model.parameters()).device
-    training = model.training
-    with ExitStack() as hooks:
-        for m in modules:
-            hooks.enter_context(m.register_forward_hook(lambda m, _, out: shapes.update({m: out.shape[1:]})))
-        model.eval()(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
-    model.train(training)
+
+    def note(m, _, out):
+        shapes[m] = out.shape[1:]
+
+    with hooked(model, [m.register_forward_hook(note) for m in (*layers(model), model.readout)]):
+        device = next(model.parameters()).device
+        model(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
     n_e = sum(shape.numel() for shape in shapes.values())
     n_i = 0
     for m, (_, *positions) in shapes.items():
@@ -279,11 +292,9 @@ def observe(model, x, see):
         u = membrane_potential(args[0], neuron.tau, neuron.threshold) if isinstance(neuron, LIF) else args[0]
         see(i, args[0], u, spikes)
 
-    with ExitStack() as hooks:
-        hooks.callback(model.train, model.training)
-        for i, layer in enumerate(layers(model)):
-            hooks.enter_context(layer.neuron.register_forward_hook(partial(hook, i=i)))
-        model.eval()(x)
+    neurons = [layer.neuron for layer in layers(model)]
+    with hooked(model, [neuron.register_forward_hook(partial(hook, i=i)) for i, neuron in enumerate(neurons)]):
+        model(x)
 
 
 def describe(model):
@@ -351,18 +362,17 @@ def costs(model, x):
     def fire(layer, args, spikes):
         rows[-1]["firing_rate"] = spikes.mean().item()
 
-    with ExitStack() as hooks:
-        hooks.callback(model.train, model.training)
-        hooks.enter_context(model.readout.register_forward_hook(partial(count, name="readout")))
-        for i, layer in enumerate(layers(model), 1):
-            hooks.enter_context(layer.circuit.register_forward_hook(partial(count, name=str(i))))
-            hooks.enter_context(layer.register_forward_hook(fire))
-        model.eval()(x)
+    hooks = [model.readout.register_forward_hook(partial(count, name="readout"))]
+    for i, layer in enumerate(layers(model), 1):
+        hooks += [layer.circuit.register_forward_hook(partial(count, name=str(i))), layer.register_forward_hook(fire)]
+    with hooked(model, hooks):
+        model(x)
     return rows
 
 
-def cost_table(rows):
-    """The rows of `costs` and their sum, as lines of text: operations in thousands per image."""
+def cost_table(model, x):
+    """`costs` of a network on x and their sum, as lines of text: operations in thousands per image."""
+    rows = costs(model, x)
     lines = [f"{'layer':8}{'rate':>7}{'accumulates':>14}{'multiplies':>13}{'parameters E':>15}{'I':>11}"]
     lines[0] += f"{'neurons E':>12}{'I':>9}"
     total = {k: sum(row[k] for row in rows) for k in rows[0] if k not in ("layer", "firing_rate")}
@@ -385,9 +395,8 @@ def first_nonfinite(model, x):
         if not all(t.isfinite().all() for t in (out, *module.parameters(recurse=False))):
             found.append(name)
 
-    leaves = {m: name for name, m in model.named_modules() if name and not list(m.children())}
-    with ExitStack() as hooks:
-        for m, name in leaves.items():
-            hooks.enter_context(m.register_forward_hook(partial(check, name=name)))
+    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children())}
+    hooks = [m.register_forward_hook(partial(check, name=name)) for name, m in leaves.items()]
+    with hooked(model, hooks, training=True):
         model(x)
     return found[0] if found else "loss"

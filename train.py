@@ -24,7 +24,7 @@ from checkpoint import Parser, Run, StopRequest, first_line, free_folder, leave,
 from data import epoch_order, training_batch
 from ei_init import initialize
 from inhibition import clamp_dale
-from model import ARCHS, KINDS, build, cost_table, costs, describe, first_nonfinite, histograms, keep_memory, layers
+from model import ARCHS, KINDS, build, cost_table, describe, first_nonfinite, histograms, hooked, keep_memory, layers
 
 # The paper's recipes: SGD, momentum 0.9, cosine to 0 by iteration after a linear warm-up from `warmup_from`.
 RECIPE = dict(epochs=300, batch_size=128, lr=0.001, weight_decay=5e-4, T=4, image_size=32)
@@ -56,7 +56,7 @@ SUITES = {  # options of each run; paper: what its figures compare
     "depth": [["--arch", arch, "--model", kind] for arch in ARCHS[1:] for kind in ("ei", "bn")],
 }
 COMMANDS = ("suite", "resume", "eval", "out", "device")  # options that are no setting of a run
-BN_SNN = dict(model="bn", eps="adaptive", ste=True, grad_scaling=True, init="ei")  # what --eval compares with
+FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")  # the paper's method, nothing left out
 MOMENTUM = 0.9
 
 
@@ -95,8 +95,7 @@ def parse(argv=None):
 def settings(args):
     """Every setting of a run: given, else from the recipe for data, arch and model."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in COMMANDS}
-    config = dict(arch="vgg8", model="ei", data="digits", data_root="./data")
-    config.update(eps="adaptive", ste=True, grad_scaling=True, init="ei", seed=0)
+    config = dict(arch="vgg8") | FULL | dict(data="digits", data_root="./data", seed=0)
     config.update({k: given[k] for k in config if k in given})
     kind = config["data"] if (config["data"], None) in RECIPES else "cifar"
     recipe = RECIPE | RECIPES.get((kind, None), {}) | RECIPES.get((kind, config["arch"]), {})
@@ -154,6 +153,8 @@ def train_step(model, optimizer, x, y, lr, clip_norm=0):
     optimizer.zero_grad()
     loss.backward()
     optimizer.found_inf = (~loss.detach().isfinite()).float()  # then fused SGD does nothing, and nobody has to wait
+    if dist.is_initialized():
+        dist.all_reduce(optimizer.found_inf, dist.ReduceOp.MAX)  # one process is enough, for gradients are shared
     if clip_norm:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
@@ -164,21 +165,18 @@ def train_step(model, optimizer, x, y, lr, clip_norm=0):
 @torch.no_grad()
 def evaluate(model, x, y, batch_size=100):
     """Mean loss, accuracy, and mean firing rate (spikes per neuron and time step) of each layer, on a test set."""
-    model.eval()
     batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
     rates = torch.zeros(len(layers(model)), device=x.device)
 
     def count_spikes(_, __, spikes, i):
         rates[i] += spikes.mean() * len(spikes)
 
-    hooks = [layer.register_forward_hook(partial(count_spikes, i=i)) for i, layer in enumerate(layers(model))]
     sums = torch.zeros(2, device=x.device)
-    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        logits = model(data.to_input(images))
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
-    for hook in hooks:
-        hook.remove()
-    model.train()
+    with hooked(model, [m.register_forward_hook(partial(count_spikes, i=i)) for i, m in enumerate(layers(model))]):
+        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            logits = model(data.to_input(images))
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     loss, correct = sums.tolist()
     return loss / len(y), correct / len(y), (rates / (len(y) * model.T)).tolist()
 
@@ -294,11 +292,11 @@ def command(args):
     loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
     print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}, T={config['T']}")
     print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))
-    print("\n".join(cost_table(costs(model, data.sample(dataset, config["T"])[0]))))
+    print("\n".join(cost_table(model, data.sample(dataset, config["T"])[0])))
     if config["model"] == "bn":
         return 0
-    rival = run.folder.with_name(Path(run_name(config | BN_SNN)).name)
-    if saved(rival):  # beside it
+    rival = run.folder.resolve().with_name(Path(run_name(config | FULL | dict(model="bn"))).name)
+    if (rival / "best.pt").exists():  # beside it
         same = dict(eval=rival, T=args.T, data_root=args.data_root, device=args.device)
         return command(argparse.Namespace(**vars(parse([])) | same))
     print(f"no BN-SNN beside it: --model bn --out {rival} with the same data and network trains one")
@@ -331,10 +329,12 @@ def work(run, config, device, folder=None):
 def suite(args, device):
     """Trains every run of a suite that is not finished yet, each where it was; returns the exit status."""
     runs, out = SUITES[args.suite], args.out or "runs"
-    for i, options in enumerate(runs):
-        print(f"\nrun {i + 1} of {len(runs)}: {' '.join(options)}")
-        variant = argparse.Namespace(**vars(args) | {k: v for k, v in vars(parse(options)).items() if v is not None})
-        config = settings(variant)
+    chosen = [{k: v for k, v in vars(parse(options)).items() if v is not None} for options in runs]
+    if clash := {k for own in chosen for k in own if vars(args)[k] is not None}:
+        raise ValueError(f"--suite {args.suite} chooses --{min(clash).replace('_', '-')} itself: leave it out")
+    for i, own in enumerate(chosen):
+        print(f"\nrun {i + 1} of {len(runs)}: {' '.join(runs[i])}")
+        config = settings(argparse.Namespace(**vars(args) | own))
         folder = Path(out) / Path(run_name(config)).name
         if run := Run(folder) if saved(folder) else None:  # an older one with other settings is refused
             config = run.settings(lambda options: settings(parse(options)), config)

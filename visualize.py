@@ -7,8 +7,8 @@ drew beside it as CSV. Orange is excitation and blue is inhibition, wherever the
 import copy
 import csv
 import json
+import shlex
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
@@ -24,9 +24,10 @@ from sklearn.decomposition import PCA
 
 import data
 import train
-from checkpoint import Parser, restore, status, whole
+from checkpoint import Parser, misfit, restore, status, whole
 from ei_init import ei_init, initialize
-from model import ARCHS, BINS, build, circuits, histogram, layers, observe
+from model import ARCHS, BINS, build, circuits, histogram, hooked, layers, observe
+from train import FULL
 
 EXC, INH, GREY = "#D55E00", "#0072B2", "#777777"  # excitation, inhibition (palette of Okabe and Ito, also below)
 STYLES = [  # told apart by dash and marker in grey
@@ -39,7 +40,6 @@ STYLES = [  # told apart by dash and marker in grey
 ]
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
 SYMBOLS = dict(w_ee="$W_{EE}$", w_ie="$W_{IE}$", w_ei="$W_{EI}$", g_i="$g_I$", g_e="$g_E$", b_e="$b_E$")
-FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")  # the paper's method, nothing left out
 STYLE = {"font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 PAGE = 6.8  # inches, the width of a page; half of it is a column
@@ -80,19 +80,30 @@ class Trained:
                 return reader(file)
         except FileNotFoundError:
             raise Missing(f"{self.folder} is not finished: {resume}") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.folder / name} cannot be read ({said}): {resume} writes it again") from None
 
     def metrics(self):
-        """metrics.csv: a dict of floats for each epoch; none, if the first one was not finite."""
-        needed = ("epoch", "train_loss", "test_loss", "test_accuracy")
-        return self._read("metrics.csv", lambda f: [{k: float(row[k]) for k in needed} for row in csv.DictReader(f)])
+        """metrics.csv: a dict of numbers for each epoch; none, if the first one was not finite."""
+        needed = dict(epoch=int, train_loss=float, test_loss=float, test_accuracy=float)
+
+        def read(file):
+            return [{k: of(row[k]) for k, of in needed.items()} for row in csv.DictReader(file)]
+
+        return self._read("metrics.csv", read)
 
     def result(self):
-        """Outcome, best epoch and best accuracy (None if there was no epoch) in result.json."""
-        needed = ("best_epoch", "best_test_accuracy")
-        return self._read("result.json", lambda f: (lambda r: (r["outcome"], *map(r.get, needed)))(json.load(f)))
+        """Outcome, best epoch and best accuracy (None and None if there was no epoch) in result.json."""
+
+        def read(file):
+            result = dict(best_epoch=0, best_test_accuracy=0.0) | json.load(file)
+            if part := misfit(result, dict(outcome=str, best_epoch=int, best_test_accuracy=float)):
+                raise ValueError(f"{part} is missing or not what it should be")
+            epoch = result["best_epoch"] or None
+            return result["outcome"], epoch, result["best_test_accuracy"] if epoch else None
+
+        return self._read("result.json", read)
 
     def histograms(self):
         """histograms.json as an array of counts: (epochs + 1, layers, 2: I_int and u, bins)."""
@@ -134,7 +145,10 @@ def trained_runs(args):
             wanted = there.pop() if len(there) == 1 else usual
         runs = [run for run in runs if run.config[key] == wanted]
         command += [f"--{key} {wanted}"] * (wanted != usual)
-    command += [f"--epochs {runs[0].config['epochs']}"] if runs else []
+    if runs:
+        command += [f"--epochs {runs[0].config['epochs']}"]
+        root = runs[0].config["data_root"]
+        command += [f"--data-root {shlex.quote(root)}"] * (root != "./data")
     command += [f"--out {folder}"] * (str(folder) != "runs" and not alone)
     if not runs:
         raise Missing(f"{folder} has no such run in it: {' '.join(command)}")
@@ -177,12 +191,15 @@ def by_epoch(axis):
 
 
 def usual_settings(args):
-    """The settings of the runs, if there are any, or those that a run would have."""
+    """The paper's method with the settings of the runs, if there are any, or with those that a run would have."""
     try:
-        return pick(trained_runs(args)).config
-    except ValueError:
+        config = pick(trained_runs(args)).config | FULL
+    except Missing:
         given = {k: getattr(args, k) for k in ("arch", "data", "data_root", "seed")}
-        return train.settings(train.parse([f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]))
+        options = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
+        config = train.settings(train.parse(options))
+    print(f"with the settings of {config['arch']} on {config['data']}, seed {config['seed']}")
+    return config
 
 
 @torch.no_grad()
@@ -199,9 +216,7 @@ def initialised(model, batch, how):
             if not circuit.readout:
                 circuit.g_i.fill_(1)
 
-        with ExitStack() as hooks:
-            for circuit in circuits(model):
-                hooks.enter_context(circuit.register_forward_pre_hook(before_forward))
+        with hooked(model, [circuit.register_forward_pre_hook(before_forward) for circuit in circuits(model)]):
             model(batch)
     return model
 
@@ -257,7 +272,7 @@ def draw_gradients(args):
     figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.6), sharex=True)
     rows = []
     for (name, options), style in zip(variants.items(), STYLES, strict=False):
-        dataset, model = train.make(config | FULL | options, torch.device("cpu"))
+        dataset, model = train.make(config | options, torch.device("cpu"))
         train.prepare(config, dataset, model)
         x, y = train.training_batch(config, dataset, train.epoch_order(config, dataset, 0)[0], 0)
         F.cross_entropy(model(x), y).backward()
@@ -312,7 +327,7 @@ def table(name, first, runs, out):
         (outcome, epoch, best), metrics = run.result(), run.metrics()
         cells.append([label, outcome, str(epoch or "-"), "-" if best is None else f"{best:.2%}"])
         for m in metrics:
-            rows.append({"run": label, "outcome": outcome, "epoch": int(m["epoch"])})
+            rows.append({"run": label, "outcome": outcome, "epoch": m["epoch"]})
             rows[-1] |= dict(train_loss=m["train_loss"], test_accuracy=m["test_accuracy"], best_test_accuracy=best)
         bottom.plot([m["epoch"] for m in metrics], [m["train_loss"] for m in metrics], label=label, **style)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -479,7 +494,7 @@ def currents_of(network, x, index):
     def record(circuit, args):
         found.update({k: v.unflatten(0, (network.T, -1)) for k, v in circuit.currents(args[0]).items()})
 
-    with circuit.register_forward_pre_hook(record):
+    with hooked(network, [circuit.register_forward_pre_hook(record)]):
         network(x)
     return found
 
@@ -559,9 +574,7 @@ def contrast_response(network, x, contrasts):
         i_div = circuit.currents(args[0])["i_div"]
         means[circuit] = i_div.mean((0, 2, 3), keepdim=True)
 
-    with ExitStack() as hooks:
-        for circuit in divided:
-            hooks.enter_context(circuit.register_forward_pre_hook(measure))
+    with hooked(network, [circuit.register_forward_pre_hook(measure) for circuit in divided]):
         network(x)
 
     def undivided(circuit, args, _):
@@ -571,9 +584,7 @@ def contrast_response(network, x, contrasts):
 
     responses = torch.zeros(2, len(contrasts), len(divided))
     for which in range(2):
-        with ExitStack() as hooks:
-            for circuit in divided * which:
-                hooks.enter_context(circuit.register_forward_hook(undivided))
+        with hooked(network, [circuit.register_forward_hook(undivided) for circuit in divided * which]):
             for k, contrast in enumerate(contrasts):
 
                 def see(i, current, u, spikes, which=which, k=k):
@@ -627,6 +638,8 @@ def draw_weights(args):
                     p = getattr(circuit, parameter).detach().flatten().cpu()
                     unit = scale.setdefault((i, parameter), p.mean().item())
                     values.append(p / unit)
+            if not values:  # DANN has another g_I
+                continue
             values = torch.cat(values).numpy()
             counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
             of_bin = counts / counts.sum()

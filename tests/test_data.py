@@ -1,4 +1,7 @@
+import errno
+import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +58,17 @@ def test_folder_is_read_in_alphabetical_order_and_cached(tmp_path, test, monkeyp
     Image.new("RGB", (9, 9), (1, 2, 3)).save(root / "train" / "wolf" / "01.png")
     assert data.load("folder", root).train_x[4, :, 0, 0].tolist() == [1, 2, 3]  # a changed file is seen
     assert data.load("folder", root, image_size=48).train_x.shape == (5, 3, 48, 48)
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_read(tmp_path, monkeypatch, capsys):
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    root = make_folder(tmp_path, {"a": (2, 1), "b": (2, 1)})
+    monkeypatch.setattr(torch, "save", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert data.load("folder", root).train_x.shape == (4, 3, 32, 32)
+    assert capsys.readouterr().out.count("cannot be cached") == 1
 
 
 def test_a_damaged_cache_is_decoded_again(tmp_path):

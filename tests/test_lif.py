@@ -34,7 +34,7 @@ def test_reset_is_soft_and_the_threshold_fires():
 
 def test_keeps_the_memory_layout():
     x = torch.randn(3, 2, 4, 5, 5).transpose(2, 4)
-    assert lif(x).stride() == x.contiguous().stride() or lif(x)[0].stride() == x[0].stride()
+    assert lif(x)[0].stride() == x[0].stride() != x.contiguous()[0].stride()
     current = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
     spikes = lif(current.expand(3, -1, -1, -1, -1))
     assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)

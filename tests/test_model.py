@@ -170,12 +170,13 @@ def test_costs_are_those_counted_by_hand():
 
 def test_costs_of_the_rivals():
     x = torch.rand(2, 3, 32, 32)
-    bn = costs(build("vgg8", plan=NARROW, kind="bn", T=2), x)
+    bn_snn = build("vgg8", plan=NARROW, kind="bn", T=2)
+    bn, table = costs(bn_snn, x), cost_table(bn_snn, x)
     assert all(row["neurons_i"] == row["parameters_i"] == 0 for row in bn)
     assert bn[1]["multiplies"] == 2 * 16 * 16 * 16 and bn[1]["accumulates"] > 0
     dann = costs(build("vgg8", plan=NARROW, kind="dann", T=1), x)
     assert all(row["accumulates"] == 0 for row in dann)
-    assert len(cost_table(bn)) == 8 and cost_table(bn)[-1].startswith("all")
+    assert len(table) == 8 and table[-1].startswith("all")
     assert len(costs(build("resnet18", T=1), x)) == 21
 
 

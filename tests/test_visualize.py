@@ -173,6 +173,10 @@ def test_gradients(suite):
     torch.nn.functional.cross_entropy(net(x), y).backward()
     row = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("E-I Prop", "w_ei", "3"))
     assert float(row["gradient_norm"]) == pytest.approx(circuits(net)[2].w_ei.grad.norm().item(), rel=1e-4)
+    alone = run_of(suite, "ei-kaiming").folder
+    assert visualize.main(["gradients", str(alone), "--out", str(suite / "alone")]) == 0
+    with open(suite / "alone" / "gradients.csv") as file:
+        assert list(csv.DictReader(file)) == rows  # the paper's method, whatever the run that it is drawn for
     unscaled = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("no scaling", "w_ei", "6"))
     scaled = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("E-I Prop", "w_ei", "6"))
     assert float(unscaled["gradient_norm"]) == pytest.approx(16 * float(scaled["gradient_norm"]), rel=1e-3)
@@ -186,6 +190,8 @@ def test_weights(suite):
     _, networks = run_of(suite, "ei").networks()
     zeros = [(c.w_ee == 0).flatten() for c in circuits(networks["after training"])]
     row = next(r for r in rows if (r["when"], r["parameter"]) == ("after training", "w_ee"))
+    assert visualize.main(["weights", str(run_of(suite, "dann").folder), "--out", str(suite / "alone")]) == 0
+    assert "g_i" not in (suite / "alone" / "weights.csv").read_text()  # DANN has its logarithm
     assert float(row["zeros"]) == pytest.approx(torch.cat(zeros).float().mean().item(), abs=1e-6)
 
 
@@ -224,8 +230,9 @@ def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
     (folder / "histograms.json").write_text('[[{"i_int": [1]')
     assert "cannot be read" in fails(capsys, "evolution", folder, "--out", tmp_path)
     assert "has no best.pt" in fails(capsys, "weights", folder, "--out", tmp_path)
-    (folder / "metrics.csv").write_text("epoch,train_loss\n1,2.3")
-    assert "cannot be read" in fails(capsys, "curves", folder, "--out", tmp_path)
+    for metrics in ("epoch,train_loss\n1,2.3", "x" * 200_000, "epoch,train_loss,test_loss,test_accuracy\ninf,1,1,1"):
+        (folder / "metrics.csv").write_text(metrics)
+        assert "cannot be read" in fails(capsys, "curves", folder, "--out", tmp_path)
 
 
 def test_runs_of_several_networks_in_one_folder(suite, tmp_path, capsys):
@@ -239,6 +246,14 @@ def test_runs_of_several_networks_in_one_folder(suite, tmp_path, capsys):
     err = fails(capsys, "curves", tmp_path, "--arch", "resnet18", "--out", tmp_path / "f")
     assert "no run with model=bn" in err or "not finished" in err
     assert "--seed 5" in fails(capsys, "curves", tmp_path, "--seed", "5")
+
+
+def test_a_result_of_another_kind(suite, tmp_path, capsys):
+    shutil.copytree(suite / "runs", tmp_path, dirs_exist_ok=True)
+    result = tmp_path / "digits-vgg8-ei-eps1e-08-seed0" / "result.json"
+    for damaged in (dict(outcome=5), dict(outcome="converged", best_epoch=1, best_test_accuracy=[]), []):
+        result.write_text(json.dumps(damaged))
+        assert "result.json cannot be read" in fails(capsys, "epsilon", tmp_path, "--out", tmp_path)
 
 
 def test_a_run_without_a_finite_epoch_is_in_the_table(suite, tmp_path):
