@@ -43,7 +43,7 @@ SEAL = hashlib.sha256().digest_size  # bytes
 BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict}
 ROW = {"epoch": int, "test_accuracy": float, "seconds": float}
 STATE = {"model": dict, "optimizer": {"state": dict}, "step": int, "epoch_sums": (float, float), "history": [ROW]}
-STATE |= {"epoch_seconds": float, "histograms": list, "config": dict}
+STATE |= {"epoch_seconds": float, "histograms": list, "config": dict, "data": int}
 STATE |= {"best": [BEST_STATE]}  # empty before the first epoch's end
 
 
@@ -106,6 +106,7 @@ class Run:
 
     def __init__(self, folder, config=None):
         self.folder, self.best = Path(folder), []
+        self.quoted = shlex.quote(str(folder))  # as part of a command
         self.config = config  # as config.json has it
         self.writes = False  # a process that has not locked the folder does not
         self.unwritten = False  # whether that is still to be written, or again
@@ -143,7 +144,7 @@ class Run:
         run = cls(folder, json.loads(_json(config)))
         run.lock()
         if holds_run(folder):
-            raise ValueError(f"{folder} already holds a run: go on with --resume {folder}, or choose another --out")
+            raise ValueError(f"{folder} already holds a run: go on with --resume {run.quoted}, or choose another --out")
         run.unwritten = True
         return run
 
@@ -260,13 +261,11 @@ class Run:
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
+            reason = "it was deleted, or this is no run"
             if name == BEST and saved(self.folder):
-                raise ValueError(f"{path} is not there, for no epoch has ended: --resume {self.folder}") from None
-            if saved(self.folder):
-                raise ValueError(f"{path} is not there") from None
-            raise ValueError(
-                f"{self.folder} has no {name}: nothing was saved yet (then delete it and start again), or it is no run"
-            ) from None
+                ended = (self.folder / "result.json").exists()
+                reason = "the training broke off" if ended else "no epoch has ended: --resume " + self.quoted
+            raise ValueError(f"{self.folder} has no {name}: {reason}") from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         content = memoryview(raw)[:-SEAL]
@@ -308,7 +307,7 @@ class Run:
             write_atomically(self.folder / "result.json", _json(result))
         last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
         print(f"{result['outcome']}{last}, {seconds:.0f} s of training")
-        print(f"run folder: {self.folder}   its figures: python visualize.py all {shlex.quote(str(self.folder))}")
+        print(f"run folder: {self.folder}   its figures: python visualize.py all {self.quoted}")
 
 
 def _json(value):

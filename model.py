@@ -373,8 +373,9 @@ def costs(model, x):
 def cost_table(model, x):
     """`costs` of a network on x and their sum, as lines of text: operations in thousands per image."""
     rows = costs(model, x)
-    lines = [f"{'layer':8}{'rate':>7}{'accumulates':>14}{'multiplies':>13}{'parameters E':>15}{'I':>11}"]
-    lines[0] += f"{'neurons E':>12}{'I':>9}"
+    lines = [f"what {len(x)} of the test images cost, operations for each:"]
+    lines += [f"{'layer':8}{'rate':>7}{'accumulates':>14}{'multiplies':>13}{'parameters E':>15}{'I':>11}"]
+    lines[1] += f"{'neurons E':>12}{'I':>9}"
     total = {k: sum(row[k] for row in rows) for k in rows[0] if k not in ("layer", "firing_rate")}
     spikes = sum(row["firing_rate"] * row["neurons_e"] for row in rows[:-1])
     rate = spikes / sum(row["neurons_e"] for row in rows[:-1])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import checkpoint as cp
 import data
-from checkpoint import Parser, Run, StopRequest, first_line, free_folder, leave, restore, run_name, saved
+from checkpoint import Parser, Run, StopRequest, first_line, free_folder, holds_run, leave, restore, run_name
 from data import epoch_order, training_batch
 from ei_init import initialize
 from inhibition import clamp_dale
@@ -69,9 +69,9 @@ def parse(argv=None):
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     p.add_argument("--image-size", type=cp.count, help="side in pixels (32; of event frames 48)")
     p.add_argument("--epochs", type=cp.count, help="the warm-up is scaled with it")
-    p.add_argument("--batch-size", type=cp.count)
+    p.add_argument("--batch-size", type=cp.count, help="samples a step")
     p.add_argument("--lr", type=cp.positive, help="peak learning rate")
-    p.add_argument("--weight-decay", type=cp.non_negative)
+    p.add_argument("--weight-decay", type=cp.non_negative, help="of all parameters")
     p.add_argument("--warmup-epochs", type=cp.non_negative, help="epochs, or a fraction, of linear warm-up")
     p.add_argument("--warmup-from", type=cp.non_negative, help="learning rate of the first step (1e-7)")
     p.add_argument("--clip-norm", type=cp.non_negative, help="largest norm of the gradient, 0: any (dann 1, else 0)")
@@ -83,7 +83,7 @@ def parse(argv=None):
     p.add_argument("--seed", type=cp.whole, help="0")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
     p.add_argument("--out", help="run folder (runs/<data>-<arch>-<model>-...)")
-    p.add_argument("--suite", choices=SUITES, help="train all that the figures need, into the folder --out (runs)")
+    p.add_argument("--suite", choices=SUITES, help="train all that a table or the figures need, into --out (runs)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
     args = p.parse_args(argv)
@@ -100,6 +100,8 @@ def settings(args):
     kind = config["data"] if (config["data"], None) in RECIPES else "cifar"
     recipe = RECIPE | RECIPES.get((kind, None), {}) | RECIPES.get((kind, config["arch"]), {})
     recipe |= RECIPES.get((config["data"], config["arch"]), {}) | BY_MODEL.get(config["model"], {})
+    if config["model"] != "ei" and any(config[k] != v for k, v in FULL.items() if k != "model"):
+        raise ValueError("--eps, --no-ste, --no-grad-scaling and --init kaiming are ablations of --model ei only")
     if "epochs" in given:  # a shorter run is the same schedule in proportion
         recipe["warmup_epochs"] *= given["epochs"] / recipe["epochs"]
     return config | recipe | given
@@ -175,8 +177,7 @@ def evaluate(model, x, y, batch_size=100):
     with hooked(model, [m.register_forward_hook(partial(count_spikes, i=i)) for i, m in enumerate(layers(model))]):
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = model(data.to_input(images))
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
     loss, correct = sums.tolist()
     return loss / len(y), correct / len(y), (rates / (len(y) * model.T)).tolist()
 
@@ -189,25 +190,24 @@ def train(run, config, dataset, model, device, resumed=None):
     # A read waits for a GPU, hence one in 20 steps: sums over steps of loss and accuracy, and whether to stop.
     read_every, per_epoch = 1 if device.type == "cpu" else 20, len(dataset.train_y) // config["batch_size"]
     step, spent, history, recorded, sums = 0, 0.0, [], [], torch.zeros(3, device=device)
-    sample, _ = data.sample(dataset, config["T"], 64)  # for the histograms
+    sample, checksum = data.sample(dataset, config["T"], 64)[0], data.fingerprint(dataset)  # sample: for histograms
+
+    def save(totals, seconds):
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, histograms=recorded)
+        run.save(state | dict(epoch_sums=totals, epoch_seconds=seconds, history=history, data=checksum))
+
     if resumed:
         restore(model, resumed["model"], run.folder / "checkpoint.pt")
         restore(optimizer, resumed["optimizer"], run.folder / "checkpoint.pt")
         step, spent, history, recorded = (resumed[k] for k in ("step", "epoch_seconds", "history", "histograms"))
         sums[:2] = torch.tensor(resumed["epoch_sums"], device=device)
-        if step // per_epoch != len(history):
-            raise ValueError(f"{run.folder} is at step {step}, not in epoch {len(history) + 1}: its data have changed")
+        if resumed["data"] != checksum or step // per_epoch != len(history):
+            raise ValueError(f"the data in {config['data_root']} are not those with which {run.folder} was begun")
     else:
         prepare(config, dataset, model)
         recorded.append(histograms(model, sample))
-    parallel = DistributedDataParallel(model) if world > 1 else model  # every process starts from the first one's
-
-    def save(totals, seconds):
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, histograms=recorded)
-        run.save(state | dict(epoch_sums=totals, epoch_seconds=seconds, history=history))
-
-    if not resumed:
         save([0.0, 0.0], 0.0)
+    parallel = DistributedDataParallel(model) if world > 1 else model  # every process starts from the first one's
     with StopRequest() as stop:
         while step < config["epochs"] * per_epoch:
             epoch, start, spent = step // per_epoch, time.perf_counter() - spent, 0.0
@@ -321,7 +321,7 @@ def work(run, config, device, folder=None):
     run = run or (Run(folder, config) if rank else Run.create(folder, config))
     header(config, dataset, model, device)
     if stopped := train(run, config, dataset, model, device, state):
-        print(f"stopped and saved; go on with: python train.py --resume {run.folder}")
+        print(f"stopped and saved; go on with: python train.py --resume {run.quoted}")
         return 128 + stopped
     return 0
 
@@ -336,7 +336,7 @@ def suite(args, device):
         print(f"\nrun {i + 1} of {len(runs)}: {' '.join(runs[i])}")
         config = settings(argparse.Namespace(**vars(args) | own))
         folder = Path(out) / Path(run_name(config)).name
-        if run := Run(folder) if saved(folder) else None:  # an older one with other settings is refused
+        if run := Run(folder) if holds_run(folder) else None:  # an older one with other settings is refused
             config = run.settings(lambda options: settings(parse(options)), config)
         if run and (folder / "result.json").exists():
             print(f"finished before, in {folder}")

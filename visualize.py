@@ -4,6 +4,7 @@ Each subcommand draws one figure from a folder of runs (or from one run), as PNG
 drew beside it as CSV. Orange is excitation and blue is inhibition, wherever they are told apart.
 """
 
+import argparse
 import copy
 import csv
 import json
@@ -24,7 +25,7 @@ from sklearn.decomposition import PCA
 
 import data
 import train
-from checkpoint import Parser, misfit, restore, status, whole
+from checkpoint import Parser, holds_run, misfit, restore, status, whole
 from ei_init import ei_init, initialize
 from model import ARCHS, BINS, build, circuits, histogram, hooked, layers, observe
 from train import FULL
@@ -69,12 +70,12 @@ def save(figure, name, rows, out):
 class Trained:
     """A run, read for drawing: settings, and what it wrote, each when it is asked for."""
 
-    def __init__(self, folder):
-        self.run, self.config = train.reopen(train.parse([]), folder)
+    def __init__(self, folder, data_root=None):
+        self.run, self.config = train.reopen(argparse.Namespace(data_root=data_root), folder)
         self.folder = self.run.folder
 
     def _read(self, name, reader):
-        resume = f"python train.py --resume {self.folder}"
+        resume = f"python train.py --resume {self.run.quoted}"
         try:
             with open(self.folder / name) as file:
                 return reader(file)
@@ -135,8 +136,14 @@ def trained_runs(args):
     Those that are asked for, or else VGG-8, the digits and seed 0 where there is a choice.
     """
     folder = Path(args.runs)
-    alone = (folder / "config.json").exists()
-    runs = [Trained(p) for p in ([folder] if alone else sorted(p.parent for p in folder.glob("*/config.json")))]
+    alone, runs = holds_run(folder), []
+    for path in [folder] if alone else sorted(filter(holds_run, folder.glob("*/"))):
+        try:
+            runs.append(Trained(path, args.data_root))
+        except ValueError as error:
+            if alone:
+                raise
+            print(f"left out: {error}")
     command = ["python train.py --suite paper"]
     for key, usual in (("data", "digits"), ("arch", "vgg8"), ("seed", 0)):
         there = {run.config[key] for run in runs}
@@ -149,7 +156,7 @@ def trained_runs(args):
         command += [f"--epochs {runs[0].config['epochs']}"]
         root = runs[0].config["data_root"]
         command += [f"--data-root {shlex.quote(root)}"] * (root != "./data")
-    command += [f"--out {folder}"] * (str(folder) != "runs" and not alone)
+    command += [f"--out {shlex.quote(str(folder))}"] * (str(folder) != "runs" and not alone)
     if not runs:
         raise Missing(f"{folder} has no such run in it: {' '.join(command)}")
     for run in runs:
@@ -689,9 +696,11 @@ def command(argv):
     p.add_argument("--arch", choices=ARCHS, help="network, where there are runs of several (vgg8)")
     p.add_argument("--data", choices=data.DATASETS, help="dataset, where there are runs of several (digits)")
     p.add_argument("--seed", type=whole, help="seed, where there are runs of several (0)")
-    p.add_argument("--data-root", help="where the data are, for `init` and `gradients` without a run (./data)")
+    p.add_argument("--data-root", help="where the data are now (where the run had them; without one, ./data)")
     args = p.parse_args(argv)
-    alone = Path(args.runs, "config.json").exists()
+    if args.runs != "runs" and not Path(args.runs).is_dir():
+        raise ValueError(f"there is no folder {args.runs}")
+    alone = holds_run(args.runs)
     args.out = args.out or (Path(args.runs, "figures") if alone else Path("figures"))
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:

@@ -15,7 +15,7 @@ ROW = dict(epoch=1, test_accuracy=0.5, seconds=2.5)
 STATE = dict(
     model={"w": torch.arange(6.0)}, optimizer={"state": {}}, step=3, epoch_sums=[0.5, 1.0], history=[ROW], best=[]
 )
-STATE |= dict(histograms=[], epoch_seconds=1.5)
+STATE |= dict(histograms=[], epoch_seconds=1.5, data=7)
 KEPT = [".lock", "checkpoint.pt", "config.json", "histograms.json", "metrics.csv"]
 
 

@@ -136,6 +136,8 @@ def test_a_suite_goes_on_where_it_was_and_skips_what_is_finished(options, tmp_pa
     out = capsys.readouterr().out
     assert out.count("finished before") == 1 and "run 3 of 3: --eps 1e-6" in out
     assert len(list(tmp_path.glob("*/result.json"))) == 3
+    for file in tmp_path.glob("*/checkpoint*.pt"):  # large, and of no use to a finished run
+        file.unlink()
     assert train.main(suite) == 0
     assert capsys.readouterr().out.count("finished before") == 3
     assert "was made with epochs=1, not 2" in run_and_fail(capsys, *suite[:-3], "2", *suite[-2:])
@@ -217,6 +219,22 @@ def test_resuming_a_finished_run_changes_nothing(options, tmp_path):
     assert same(before, parameters(tmp_path / "r")) and result == (tmp_path / "r" / "result.json").read_text()
 
 
+def test_resuming_with_other_data_is_refused(options, tmp_path, capsys, monkeypatch):
+    root = soak.make_images(tmp_path / "images")
+    options = [*options, "--data-root", str(root), "--epochs", "2", "--out", str(tmp_path / "r")]
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: (signal.raise_signal(signal.SIGTERM), evaluate(*a))[1])
+    assert train.main(options) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    (root / "train" / "lower").rename(root / "train" / "zebra")  # the same images, the other way round
+    (root / "test" / "lower").rename(root / "test" / "zebra")
+    assert "are not those with which" in run_and_fail(capsys, "--resume", tmp_path / "r")
+    root.rename(tmp_path / "moved")
+    for split in ("train", "test"):
+        (tmp_path / "moved" / split / "zebra").rename(tmp_path / "moved" / split / "lower")
+    assert train.main(["--resume", str(tmp_path / "r"), "--data-root", str(tmp_path / "moved")]) == 0
+
+
 def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, monkeypatch):
     def poison(model, batch):
         with torch.no_grad():
@@ -228,6 +246,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, mo
     assert "encoder.stages.2.circuit" in capsys.readouterr().out
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["outcome"] == "failed to converge" and result["first_nonfinite_layer"] == "encoder.stages.2.circuit"
+    assert "has no best.pt: the training broke off" in run_and_fail(capsys, "--eval", tmp_path / "r")
 
 
 def test_the_recipe_follows_data_arch_and_model():
@@ -275,6 +294,8 @@ def test_every_sample_is_drawn_once_an_epoch():
         (["--batch-size", "-3"], "at least 1"),
         (["--suite", "depth", "--arch", "vgg8"], "chooses --arch itself"),
         (["--suite", "paper", "--no-grad-scaling"], "chooses --grad-scaling itself"),
+        (["--model", "dann", "--no-ste"], "of --model ei only"),
+        (["--model", "bn", "--eps", "1e-6"], "of --model ei only"),
         (["--batch-size", "1438"], "larger than the training set of 1437"),
         (["--lr", "0"], "positive number"),
         (["--lr", "nan"], "positive number"),

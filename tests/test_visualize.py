@@ -192,6 +192,7 @@ def test_weights(suite):
     row = next(r for r in rows if (r["when"], r["parameter"]) == ("after training", "w_ee"))
     assert visualize.main(["weights", str(run_of(suite, "dann").folder), "--out", str(suite / "alone")]) == 0
     assert "g_i" not in (suite / "alone" / "weights.csv").read_text()  # DANN has its logarithm
+    assert visualize.Trained(run_of(suite, "ei").folder, "elsewhere").config["data_root"] == "elsewhere"
     assert float(row["zeros"]) == pytest.approx(torch.cat(zeros).float().mean().item(), abs=1e-6)
 
 
@@ -219,6 +220,7 @@ def fails(capsys, *arguments):
 
 def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
     assert "has no such run in it" in fails(capsys, "curves", tmp_path)
+    assert "there is no folder" in fails(capsys, "all", tmp_path / "nowhere")
     assert "invalid choice" in fails(capsys, "portrait")
     folder = tmp_path / "r"
     folder.mkdir()
@@ -246,6 +248,11 @@ def test_runs_of_several_networks_in_one_folder(suite, tmp_path, capsys):
     err = fails(capsys, "curves", tmp_path, "--arch", "resnet18", "--out", tmp_path / "f")
     assert "no run with model=bn" in err or "not finished" in err
     assert "--seed 5" in fails(capsys, "curves", tmp_path, "--seed", "5")
+    (tmp_path / "ei" / "config.json").unlink()  # the checkpoint has it too
+    (deep / "config.json").write_text("{")
+    capsys.readouterr()
+    assert visualize.main(["curves", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
+    assert "left out: " in capsys.readouterr().out
 
 
 def test_a_result_of_another_kind(suite, tmp_path, capsys):
