@@ -106,7 +106,7 @@ class Run:
 
     def __init__(self, folder, config=None):
         self.folder, self.best = Path(folder), []
-        self.quoted = shlex.quote(str(folder))  # as part of a command
+        self.quoted = quoted(folder)
         self.config = config  # as config.json has it
         self.writes = False  # a process that has not locked the folder does not
         self.unwritten = False  # whether that is still to be written, or again
@@ -238,8 +238,12 @@ class Run:
         except ValueError as error:
             try:
                 state = self._newest()[1]["best"][0]
-            except (ValueError, IndexError):
+            except ValueError:
                 raise error from None
+            except IndexError:
+                ended = (self.folder / "result.json").exists()
+                reason = "the training broke off" if ended else f"no epoch has ended: --resume {self.quoted}"
+                raise ValueError(f"{self.folder} has no {name}: {reason}") from None
             print(f"{error}; the copy in the checkpoint is used")
             return state
 
@@ -257,15 +261,11 @@ class Run:
 
     def _read(self, name, kind):
         path = self.folder / name
-        foreign = f"{path} is damaged or not a checkpoint of this project"
+        foreign = f"{path} is damaged or not a checkpoint of this version"
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            reason = "it was deleted, or this is no run"
-            if name == BEST and saved(self.folder):
-                ended = (self.folder / "result.json").exists()
-                reason = "the training broke off" if ended else "no epoch has ended: --resume " + self.quoted
-            raise ValueError(f"{self.folder} has no {name}: {reason}") from None
+            raise ValueError(f"{self.folder} has no {name}: nothing was saved yet, or it was deleted") from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         content = memoryview(raw)[:-SEAL]
@@ -351,6 +351,11 @@ def restore(module, state, path):
         raise ValueError(f"{path} belongs to another network than its config.json says: {reason}") from None
 
 
+def quoted(path):
+    """A path as part of a command that is to be typed."""
+    return shlex.quote(str(path))
+
+
 def saved(folder):
     """Whether a folder holds a checkpoint."""
     return any((Path(folder) / name).exists() for name in (CHECKPOINT, PREVIOUS))
@@ -375,7 +380,7 @@ def run_name(config):
     parts = [config["data"], config["arch"], config["model"]]
     parts += [f"eps{config['eps']:g}"] if config["eps"] != "adaptive" else []
     parts += ["noste"] * (not config["ste"]) + ["noscaling"] * (not config["grad_scaling"])
-    parts += ["kaiming"] * (config["init"] == "kaiming" and config["model"] == "ei") + [f"seed{config['seed']}"]
+    parts += ["kaiming"] * (config["init"] == "kaiming") + [f"seed{config['seed']}"]
     return "runs/" + "-".join(parts)
 
 

@@ -429,9 +429,9 @@ def _crop_and_flip(x, generator, smallest):
 
 def fingerprint(dataset):
     """A checksum of the training images and labels, also of their order."""
-    x, y = dataset.train_x.flatten(1), dataset.train_y
-    place = torch.arange(1, len(y) + 1, device=y.device)
-    return ((x.sum(1, dtype=torch.int64) + y) * place).sum().item()
+    y, parts = dataset.train_y, dataset.train_x.split(1000)  # at 8 bytes a pixel, all at once would take much memory
+    sums = torch.cat([x.flatten(1).sum(1, dtype=torch.int64) for x in parts])
+    return ((sums + y) * torch.arange(1, len(y) + 1, device=y.device)).sum().item()
 
 
 def epoch_order(config, dataset, epoch):

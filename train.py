@@ -299,7 +299,7 @@ def command(args):
     if (rival / "best.pt").exists():  # beside it
         same = dict(eval=rival, T=args.T, data_root=args.data_root, device=args.device)
         return command(argparse.Namespace(**vars(parse([])) | same))
-    print(f"no BN-SNN beside it: --model bn --out {rival} with the same data and network trains one")
+    print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
     return 0
 
 
@@ -332,9 +332,9 @@ def suite(args, device):
     chosen = [{k: v for k, v in vars(parse(options)).items() if v is not None} for options in runs]
     if clash := {k for own in chosen for k in own if vars(args)[k] is not None}:
         raise ValueError(f"--suite {args.suite} chooses --{min(clash).replace('_', '-')} itself: leave it out")
-    for i, own in enumerate(chosen):
+    configs = [settings(argparse.Namespace(**vars(args) | own)) for own in chosen]
+    for i, config in enumerate(configs):
         print(f"\nrun {i + 1} of {len(runs)}: {' '.join(runs[i])}")
-        config = settings(argparse.Namespace(**vars(args) | own))
         folder = Path(out) / Path(run_name(config)).name
         if run := Run(folder) if holds_run(folder) else None:  # an older one with other settings is refused
             config = run.settings(lambda options: settings(parse(options)), config)
@@ -342,7 +342,7 @@ def suite(args, device):
             print(f"finished before, in {folder}")
         elif status := work(run, config, device, folder):
             return status
-    print(f"\nall {len(runs)} runs are in {out}   their figures: python visualize.py all {out}")
+    print(f"\nall {len(runs)} runs are in {out}   their figures: python visualize.py all {cp.quoted(out)}")
     return 0
 
 

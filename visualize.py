@@ -198,14 +198,17 @@ def by_epoch(axis):
 
 
 def usual_settings(args):
-    """The paper's method with the settings of the runs, if there are any, or with those that a run would have."""
+    """The paper's method with data and network of the runs, if there are any, or with those that are asked for."""
     try:
-        config = pick(trained_runs(args)).config | FULL
+        configs = [run.config for run in trained_runs(args)]
+        config = next((c for c in configs if c["model"] != "dann"), configs[0])
+        keys = ("arch", "data", "data_root", "image_size", "batch_size", "seed")
+        given = {k: config[k] for k in keys + ("T",) * (config["model"] != "dann")}  # DANN has no time
     except Missing:
         given = {k: getattr(args, k) for k in ("arch", "data", "data_root", "seed")}
-        options = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
-        config = train.settings(train.parse(options))
-    print(f"with the settings of {config['arch']} on {config['data']}, seed {config['seed']}")
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
+    config = train.settings(train.parse(options))
+    print(f"with {config['arch']}, {config['data']}, T={config['T']}, seed {config['seed']}")
     return config
 
 

@@ -90,11 +90,11 @@ def test_eval_counts_costs_beside_bn_snn_and_at_other_time_steps(finished, optio
     shutil.copytree(finished, folder)
     assert train.main(["--eval", str(folder), "--T", "3"]) == 0
     out = capsys.readouterr().out
-    assert "T=3" in out and "accumulates" in out and "no BN-SNN beside it" in out
+    assert "T=3" in out and "accumulates" in out and "no BN-SNN with a finished epoch" in out
     bn = tmp_path / "folder-vgg8-bn-seed0"
     (bn / "best.pt").parent.mkdir()
     (bn / "checkpoint.pt").touch()  # its first epoch is not over
-    assert train.main(["--eval", str(folder)]) == 0
+    assert train.main(["--eval", str(folder)]) == 0 and "no BN-SNN with a finished epoch" in capsys.readouterr().out
     shutil.rmtree(bn)
     monkeypatch.chdir(folder)
     assert train.main([*options, "--model", "bn", "--epochs", "1", "--out", str(bn)]) == 0
@@ -296,6 +296,7 @@ def test_every_sample_is_drawn_once_an_epoch():
         (["--suite", "paper", "--no-grad-scaling"], "chooses --grad-scaling itself"),
         (["--model", "dann", "--no-ste"], "of --model ei only"),
         (["--model", "bn", "--eps", "1e-6"], "of --model ei only"),
+        (["--suite", "rivals", "--eps", "1e-6"], "of --model ei only"),
         (["--batch-size", "1438"], "larger than the training set of 1437"),
         (["--lr", "0"], "positive number"),
         (["--lr", "nan"], "positive number"),

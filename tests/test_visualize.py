@@ -163,7 +163,7 @@ def test_gain_is_flat_with_division_and_rises_without(suite):
     assert without[-1] > 2 * without[0]
 
 
-def test_gradients(suite):
+def test_gradients(suite, capsys):
     rows = draw("gradients", suite)
     assert len(rows) == 5 * (3 * 6 + 3 * 5)  # the readout has no g_I, g_E, b_E
     config = run_of(suite, "ei").config
@@ -177,6 +177,8 @@ def test_gradients(suite):
     assert visualize.main(["gradients", str(alone), "--out", str(suite / "alone")]) == 0
     with open(suite / "alone" / "gradients.csv") as file:
         assert list(csv.DictReader(file)) == rows  # the paper's method, whatever the run that it is drawn for
+    alone = ["gradients", str(run_of(suite, "dann").folder), "--out", str(suite / "alone")]
+    assert visualize.main(alone) == 0 and "T=4" in capsys.readouterr().out  # not the one of DANN
     unscaled = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("no scaling", "w_ei", "6"))
     scaled = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("E-I Prop", "w_ei", "6"))
     assert float(unscaled["gradient_norm"]) == pytest.approx(16 * float(scaled["gradient_norm"]), rel=1e-3)
