@@ -173,7 +173,7 @@ class Run:
         try:
             if unknown := self.config.keys() - known:
                 raise ValueError(f"there is no setting {min(unknown)!r}")
-            config = check([_option(*item) for item in self.config.items()])
+            config = check([option(*item) for item in self.config.items()])
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged or of another version: {error}; correct it, or delete it if there is a "
@@ -321,7 +321,7 @@ def _sealed(state):
     return buffer.getbuffer()
 
 
-def _option(key, value):
+def option(key, value):
     """A setting as the command-line option that gives it."""
     name = key.replace("_", "-")
     return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"

@@ -49,7 +49,7 @@ def ei_init(circuit, x):
 
 
 @torch.no_grad()
-def initialize(model, batch):
+def initialize(model, batch, init=ei_init):
     """E-I Init of a whole network: layer by layer in forward order, each seeing what those before it now send.
 
     An explicit call, once, before training; never after loading a checkpoint. A network without circuits is left as is,
@@ -58,6 +58,7 @@ def initialize(model, batch):
     Args:
         model: a network of `model.build`.
         batch: the first training batch, (B, C, H, W) or frames (B, T, C, H, W), values >= 0, B at least 2.
+        init: what draws the parameters of a circuit, given the circuit and its input.
 
     Raises:
         ValueError: names the layer that cannot be initialised.
@@ -68,7 +69,7 @@ def initialize(model, batch):
 
     def before_forward(circuit, args):
         try:
-            ei_init(circuit, args[0])
+            init(circuit, args[0])
         except ValueError as error:
             raise ValueError(f"layer {names[circuit]}: {error}") from None
 

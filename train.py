@@ -262,10 +262,10 @@ def header(config, dataset, model, device):
     print(f"network   {config['arch']} {config['model']}: {describe(model)}\nsettings ", *values, flush=True)
 
 
-def reopen(args, folder, free=("data_root",)):
-    """An existing run and its settings; an option that contradicts them, other than the free ones, is refused."""
+def reopen(given, folder, free=("data_root",)):
+    """An existing run and its settings; an option given that contradicts them, other than the free ones, is refused."""
     run = Run(folder)
-    return run, run.settings(lambda options: settings(parse(options)), vars(args), free)
+    return run, run.settings(lambda options: settings(parse(options)), given, free)
 
 
 def main(argv=None):
@@ -282,10 +282,10 @@ def command(args):
     if args.suite:
         return suite(args, device)
     if args.resume is not None:
-        return work(*reopen(args, args.resume), device)
+        return work(*reopen(vars(args), args.resume), device)
     if args.eval is None:
         return work(None, config := settings(args), device, args.out or free_folder(run_name(config)))
-    run, config = reopen(args, args.eval, free=("data_root", "T"))
+    run, config = reopen(vars(args), args.eval, free=("data_root", "T"))
     state = run.load("best.pt")
     dataset, model = make(config, device)
     restore(model, state["model"], run.folder / "best.pt")

@@ -4,11 +4,9 @@ Each subcommand draws one figure from a folder of runs (or from one run), as PNG
 drew beside it as CSV. Orange is excitation and blue is inhibition, wherever they are told apart.
 """
 
-import argparse
 import copy
 import csv
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from sklearn.decomposition import PCA
 
 import data
 import train
-from checkpoint import Parser, holds_run, misfit, restore, status, whole
+from checkpoint import Parser, holds_run, misfit, option, quoted, restore, status, whole
 from ei_init import ei_init, initialize
 from model import ARCHS, BINS, build, circuits, histogram, hooked, layers, observe
 from train import FULL
@@ -71,7 +69,7 @@ class Trained:
     """A run, read for drawing: settings, and what it wrote, each when it is asked for."""
 
     def __init__(self, folder, data_root=None):
-        self.run, self.config = train.reopen(argparse.Namespace(data_root=data_root), folder)
+        self.run, self.config = train.reopen(dict(data_root=data_root), folder)
         self.folder = self.run.folder
 
     def _read(self, name, reader):
@@ -155,8 +153,8 @@ def trained_runs(args):
     if runs:
         command += [f"--epochs {runs[0].config['epochs']}"]
         root = runs[0].config["data_root"]
-        command += [f"--data-root {shlex.quote(root)}"] * (root != "./data")
-    command += [f"--out {shlex.quote(str(folder))}"] * (str(folder) != "runs" and not alone)
+        command += [f"--data-root {quoted(root)}"] * (root != "./data")
+    command += [f"--out {quoted(folder)}"] * (str(folder) != "runs" and not alone)
     if not runs:
         raise Missing(f"{folder} has no such run in it: {' '.join(command)}")
     for run in runs:
@@ -206,8 +204,7 @@ def usual_settings(args):
         given = {k: config[k] for k in keys + ("T",) * (config["model"] != "dann")}  # DANN has no time
     except Missing:
         given = {k: getattr(args, k) for k in ("arch", "data", "data_root", "seed")}
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
-    config = train.settings(train.parse(options))
+    config = train.settings(train.parse([option(k, v) for k, v in given.items() if v is not None]))
     print(f"with {config['arch']}, {config['data']}, T={config['T']}, seed {config['seed']}")
     return config
 
@@ -215,19 +212,14 @@ def usual_settings(args):
 @torch.no_grad()
 def initialised(model, batch, how):
     """The network initialised: "E-I Init", "without its gain" (g_I = 1) or "|Kaiming|" (what `build` leaves)."""
-    if how == "E-I Init":
-        initialize(model, batch)
-    elif how == "without its gain":
-        if batch.dim() == 4:  # every time step counts, as in `initialize`
-            batch = batch.unsqueeze(1).expand(-1, model.T, -1, -1, -1)
 
-        def before_forward(circuit, args):
-            ei_init(circuit, args[0])
-            if not circuit.readout:
-                circuit.g_i.fill_(1)
+    def without_gain(circuit, x):
+        ei_init(circuit, x)
+        if not circuit.readout:
+            circuit.g_i.fill_(1)
 
-        with hooked(model, [circuit.register_forward_pre_hook(before_forward) for circuit in circuits(model)]):
-            model(batch)
+    if how != "|Kaiming|":
+        initialize(model, batch, ei_init if how == "E-I Init" else without_gain)
     return model
 
 
@@ -504,7 +496,7 @@ def currents_of(network, x, index):
     def record(circuit, args):
         found.update({k: v.unflatten(0, (network.T, -1)) for k, v in circuit.currents(args[0]).items()})
 
-    with hooked(network, [circuit.register_forward_pre_hook(record)]):
+    with circuit.register_forward_pre_hook(record):
         network(x)
     return found
 

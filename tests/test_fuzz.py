@@ -122,7 +122,7 @@ def test_words_of_a_command_line(words):
         config = train.settings(train.parse(words))
     except ValueError:
         return
-    assert train.settings(train.parse([checkpoint._option(*item) for item in config.items()])) == config
+    assert train.settings(train.parse([checkpoint.option(*item) for item in config.items()])) == config
 
 
 @cases(120)
