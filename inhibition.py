@@ -68,12 +68,26 @@ class EICircuit(nn.Module):
                 nn.init.kaiming_normal_(w).abs_()
 
     def _synapses(self, x, w):
-        """Presynaptic activity through the weights w, which are shared by all positions where there are positions."""
+        """Presynaptic activity through the weights w, which are shared by all positions where there are positions.
+
+        Exactly 0 where the receptive field is silent, whatever algorithm convolves: Winograd's and the FFT's leave
+        rounding noise there, of both signs, which would be taken for the smallest positive I_div.
+        """
+        current = self._product(x, w)
+        with torch.no_grad():  # the forward value only: the gradient still passes to silent positions
+            current.mul_(self._heard(x))
+        return current
+
+    def _product(self, x, w):
         return F.linear(x, w)
+
+    def _heard(self, x):
+        """Whether any neuron of the receptive field is active: (N, 1), with positions (N, 1, H', W')."""
+        return x.amax(1, keepdim=True) > 0
 
     def _local(self, s, w):
         """Lateral connections w (n_E, n_I), which act at each position alone."""
-        return F.linear(s, w)
+        return torch.einsum("ei,ni...->ne...", w, s)
 
     def _inhibition(self):
         """W_IE, W_EI and g_I (None in a readout), with what E-I Prop does to their gradients."""
@@ -147,13 +161,14 @@ class EICircuit2d(EICircuit):
         self._setup((in_channels, kernel_size, kernel_size), n_e, ei_ratio, readout, eps, ste, grad_scaling)
         self.stride, self.padding = stride, padding
 
-    def _synapses(self, x, w):
+    def _product(self, x, w):
         if x.is_cpu and x.shape[2:] == (2, 2) and (*w.shape[2:], self.stride, self.padding) == (3, 3, 1, 1):
             return _conv_2x2(x, w)
         return F.conv2d(x, w, stride=self.stride, padding=self.padding)
 
-    def _local(self, s, w):
-        return F.conv2d(s, w[:, :, None, None])
+    def _heard(self, x):
+        active = F.pad(x.amax(1, keepdim=True), [self.padding] * 4)  # max_pool2d's own padding is limited to k / 2
+        return F.max_pool2d(active, self.w_ee.shape[-1], self.stride) > 0
 
 
 def _conv_2x2(x, w):

@@ -1,0 +1,109 @@
+"""I_div is exactly 0 where the receptive field is silent, whatever algorithm convolves.
+
+Winograd's convolution leaves rounding noise of both signs at silent positions. PyTorch takes it where it is built
+without oneDNN, as its macOS wheels are; here oneDNN is switched off, or the noise is planted.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ei_init import ei_init, initialize
+from inhibition import EICircuit, EICircuit2d, clamp_dale
+from model import build, circuits
+
+
+def silent(x, w, stride, padding):
+    """Positions whose receptive field holds nothing but zeros, counted with a kernel of ones: (N, 1, H', W')."""
+    return COUNT(x.sum(1, keepdim=True).double(), torch.ones(1, 1, *w.shape[2:]).double(), None, stride, padding) == 0
+
+
+COUNT, LINEAR = F.conv2d, F.linear
+
+
+def noisy_conv2d(x, w, bias=None, stride=1, padding=0, *rest):
+    out = COUNT(x, w, bias, stride, padding, *rest)
+    noise = 1e-6 * torch.randn(out.shape).to(out)
+    return out + noise * silent(x.detach(), w, stride, padding)
+
+
+def noisy_linear(x, w, bias=None):
+    out = LINEAR(x, w, bias)
+    return out + 1e-6 * torch.randn(out.shape).to(out) * (x.detach().amax(1, keepdim=True) == 0)
+
+
+def outputs_and_gradients(circuit, x, form):
+    x = x.clone().requires_grad_()
+    out = circuit(x) if form == "forward" else circuit.currents(x)["i_int"]
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad(out, [x, *circuit.parameters()], grad)
+
+
+@pytest.mark.parametrize("form", ["forward", "currents"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: EICircuit(20, 8),
+        lambda: EICircuit2d(6, 8, 3, padding=1),
+        lambda: EICircuit2d(6, 8, 3, stride=2, padding=1),
+        lambda: EICircuit2d(6, 8, 1, stride=2),
+        lambda: EICircuit2d(6, 8, 3, padding=2),  # more than max_pool2d's own padding allows
+        lambda: EICircuit(20, 8, readout=True),
+    ],
+)
+def test_noise_at_silent_positions_changes_nothing(make, form, monkeypatch):
+    circuit = make().double()
+    shape = (6, 20) if type(circuit) is EICircuit else (6, 6, 9, 9)
+    x = torch.rand(shape).double()
+    ei_init(circuit, x)
+    x[0] = 0  # a silent sample
+    x[1:4, ..., :5] = 0  # silent positions, in a dense circuit silent neurons
+    x[4] *= torch.rand(shape[1:]) < 0.05
+    calm = outputs_and_gradients(circuit, x, form)
+    monkeypatch.setattr(F, "conv2d", noisy_conv2d)
+    monkeypatch.setattr(F, "linear", noisy_linear)
+    for a, b in zip(outputs_and_gradients(circuit, x, form), calm, strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_without_onednn_silent_positions_are_exactly_zero():
+    circuit = EICircuit2d(64, 32, 3, padding=1)
+    x = (torch.rand(16, 64, 16, 16) < 0.02).float()
+    x[:, :, 4:12] = 0
+    with torch.backends.mkldnn.flags(enabled=False):
+        quiet = silent(x, circuit.w_ee, 1, 1)
+        raw = F.conv2d(x, circuit.w_ee, padding=1)
+        found = circuit.currents(x)
+    assert 0.2 < quiet.float().mean() < 0.9
+    if not raw[quiet.expand_as(raw)].any():
+        pytest.skip("this processor's convolution leaves no noise without oneDNN either")
+    for name in ("i_ee", "i_ie", "i_sub", "i_div"):
+        assert not found[name][quiet.expand_as(found[name])].any()
+    assert (found["i_div"] >= 0).all()
+
+
+def test_without_onednn_a_network_trains():
+    """Two classes of sparse images. With the noise taken for I_div currents reach 1e12, and the loss stays at ln 2."""
+    y = torch.arange(64) % 2
+    x = torch.zeros(64, 1, 32, 32)
+    for i in range(64):
+        x[i, 0, 4:10, 4:10] = torch.rand(6, 6)
+        x[i, 0, 20 * (i % 2) : 20 * (i % 2) + 8, 20:28] = torch.rand(8, 8)
+    losses, largest = {}, []
+    for onednn in (True, False):
+        torch.manual_seed(0)
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            model = build("vgg8", in_channels=1, n_classes=2, T=2, plan=[16, "P", 32, "P", 32, "P"])
+            initialize(model, x)
+            for circuit in circuits(model)[:-1]:
+                circuit.register_forward_hook(lambda _, __, i_int: largest.append(i_int.abs().max().item()))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            for _ in range(12):
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                clamp_dale(model)
+        losses[onednn] = loss.item()
+    assert max(largest) < 1000
+    assert losses[False] < 0.2 and losses[False] == pytest.approx(losses[True], abs=0.05)
