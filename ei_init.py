@@ -1,14 +1,31 @@
-"""E-I Init: weights that make the circuit a normalization at the first batch, and only there (paper, E-I Init).
+"""E-I Init: weights that make the circuit a normalization for the first batch, and only for it (paper, E-I Init).
 
-With E[x], E[x^2] and Var[x] measured on a layer's input, and d its fan-in:
+Measured on the layer's input x, with d the fan-in of one neuron: E[x] and E[x^2] over all elements, and Var[x], the
+variance over the time steps and samples of the batch, averaged over the features. Then
 
-    W_EE, W_IE ~ Exponential(mean = sqrt(Var[x] / (d (E[x^2] + Var[x]))))
-    W_EI = 1 / n_I      g_E = 1      b_E = 0
-    g_I  = sqrt(E[x^2] + Var[x]) / (sqrt(d) E[x])           for Bernoulli(p) spikes sqrt((2 - p) / (d p))
+    W_EE, W_IE ~ Exponential(mean m),   m = sqrt(Var[x] / (d (E[x^2] + Var[x])))
+    W_EI = 1 / n_I,   g_E = 1,   b_E = 0
+    g_I = sqrt(E[x^2] + Var[x]) / (sqrt(d) E[x])
 
-An exponential variable is non-negative and its variance is the square of its mean. So the interneurons' average is the
-excitatory mean, E[I_sub] = E[I_EE]: the balanced current has mean 0. And E[I_div] = std(I_EE): the divided one has a
-standard deviation of about 1.
+Why these values give I_int the mean 0 and the standard deviation 1:
+
+Weights are non-negative (Dale's law). An exponential variable is, and its variance is the square of its mean, m^2. So
+E[w] = m, E[w^2] = 2 m^2, and one product w x has the variance
+
+    Var[w x] = E[w^2] E[x^2] - E[w]^2 E[x]^2 = 2 m^2 E[x^2] - m^2 (E[x^2] - Var[x]) = m^2 (E[x^2] + Var[x])
+
+I_EE sums d of them:                             Var[I_EE] = d m^2 (E[x^2] + Var[x]) = Var[x]       (by the choice of m)
+W_IE has the same distribution as W_EE, and W_EI takes the mean over the interneurons:
+                                                 E[I_sub] = E[I_EE] = d m E[x]                      (E-I balance)
+so I_EE - I_sub has the mean 0. The same sum times g_I:
+                                                 E[I_div] = g_I d m E[x] = sqrt(Var[x]) = std(I_EE) (gain control)
+and the quotient has a standard deviation of about 1. For spikes that are 1 with probability p, E[x] = E[x^2] = p and
+Var[x] = p (1 - p), which gives g_I = sqrt((2 - p) / (d p)).
+
+Two things are approximate: the mean is 0 over many draws of the weights, a single draw with few interneurons is off by
+0.1 to 0.2; and the standard deviation is near 1, not exactly 1 (the README shows the figure).
+
+`python ei_init.py` prints mean and standard deviation of I_int by layer, with and without E-I Init.
 """
 
 from contextlib import ExitStack
@@ -20,52 +37,66 @@ from inhibition import EICircuit
 
 @torch.no_grad()
 def ei_init(circuit, x):
-    """Draws the parameters of one circuit for the statistics of its input (paper, E-I Init; above).
+    """Draws the parameters of one circuit for the statistics of its input (paper, E-I Init).
 
     Args:
-        circuit: an `EICircuit` or `EICircuit2d`, changed in place. Random numbers come from torch's global generator.
-        x: (N, in) or (N, in, H, W), non-negative presynaptic activity with at least 2 entries along N, the time steps
-            and samples of the first training batch. Var[x] is the unbiased variance along N, averaged over features.
+        circuit: an `EICircuit` or `EICircuit2d`; it is changed in place. Random numbers come from torch's global
+            generator.
+        x: the layer's input, (N, in) or (N, in, H, W), finite and not negative. N counts the time steps and samples of
+            the first training batch, at least 2. Var[x] is the unbiased variance along N, averaged over the features.
 
     Raises:
-        ValueError: for a silent input (E[x] = 0), one that never varies, or a single sample.
+        ValueError: x has negative or non-finite values, is silent (E[x] = 0), never varies, or is a single sample.
     """
     if len(x) < 2:
         raise ValueError("E-I Init needs a batch of at least 2 to measure a variance")
-    mean, mean_square, var = x.mean(), x.square().mean(), x.var(0).mean()
+    if not x.isfinite().all():
+        raise ValueError("its input has values that are not finite (NaN or infinity)")
+    if x.min() < 0:
+        raise ValueError(
+            "its input has negative values, but the circuit needs non-negative activity, or it would divide by I_div "
+            "of any sign: give images as intensities in [0, 1], without subtracting a mean"
+        )
+    mean, mean_square = x.mean(), x.square().mean()  # E[x], E[x^2]
+    var = x.var(0).mean()  # Var[x]
     if not mean > 0:
         raise ValueError("the input of the layer is silent (E[x] = 0), so E-I Init has nothing to scale to")
     if not var > 0:
         raise ValueError("the input of the layer is the same in every sample (Var[x] = 0): all weights would be 0")
     d = circuit.fan_in
-    scale = (var / (d * (mean_square + var))).sqrt()
-    circuit.w_ee.exponential_().mul_(scale)
-    circuit.w_ie.exponential_().mul_(scale)
-    circuit.w_ei.fill_(1 / circuit.n_i)
+    m = (var / (d * (mean_square + var))).sqrt()
+    for name, p in circuit.named_parameters(recurse=False):
+        if name.startswith("w_") and name.endswith("e"):  # W_EE, W_IE: from excitatory neurons
+            p.exponential_().mul_(m)
+        elif name.startswith("w_"):  # W_EI: from the interneurons
+            p.fill_(1 / p.shape[1])  # 1 / n_I
     if not circuit.readout:
-        circuit.g_i.copy_((mean_square + var).sqrt() / (d**0.5 * mean))
+        circuit.g_i.fill_((mean_square + var).sqrt() / (d**0.5 * mean))
         circuit.g_e.fill_(1)
         circuit.b_e.zero_()
 
 
 @torch.no_grad()
 def initialize(model, batch, init=ei_init):
-    """E-I Init of a whole network: layer by layer in forward order, each seeing what those before it now send.
+    """E-I Init of a whole network, layer by layer in forward order. Each layer sees what the layers before it, which
+    are initialised already, send to it.
 
-    An explicit call, once, before training; never after loading a checkpoint. A network without circuits is left as is,
-    and so is DANN, which draws its weights without a batch.
+    Call it once, before training, with the first training batch; never after loading a checkpoint. A network without
+    circuits stays as it is. So does DANN, which draws its weights without a batch.
 
     Args:
         model: a network of `model.build`.
-        batch: the first training batch, (B, C, H, W) or frames (B, T, C, H, W), values >= 0, B at least 2.
-        init: what draws the parameters of a circuit, given the circuit and its input.
+        batch: images (B, C, H, W) or frames (B, T, C, H, W), finite and not negative, B at least 2.
+        init: the function that draws the parameters of a circuit, given the circuit and its input.
 
     Raises:
-        ValueError: names the layer that cannot be initialised.
+        ValueError: names the layer that cannot be initialised, and says why.
     """
     names = {m: name for name, m in model.named_modules() if isinstance(m, EICircuit) and m.needs_batch}
     if not names:
         return
+    if len(batch) < 2:
+        raise ValueError("E-I Init measures a variance: it needs a batch of at least 2 samples")
 
     def before_forward(circuit, args):
         try:
@@ -73,11 +104,30 @@ def initialize(model, batch, init=ei_init):
         except ValueError as error:
             raise ValueError(f"layer {names[circuit]}: {error}") from None
 
-    if len(batch) < 2:
-        raise ValueError("E-I Init measures a variance: it needs a batch of at least 2 samples")
-    if batch.dim() == 4:  # a static image is the same frame at each time step, and counts as often
-        batch = batch.unsqueeze(1).expand(-1, model.T, -1, -1, -1)
     with ExitStack() as hooks:
         for circuit in names:
             hooks.enter_context(circuit.register_forward_pre_hook(before_forward))
         model(batch)
+
+
+if __name__ == "__main__":
+    from lif import lif
+
+    T, B, sizes = 4, 64, [100, 400, 400, 400, 400]
+    print(f"Four dense layers of 400 neurons on {B} samples of 100 random inputs, T = {T}: I_int of each layer\n")
+    print(f"{'layer':8}{'with E-I Init: mean':>22}{'std':>8}{'rate':>8}{'|Kaiming|: mean':>22}{'std':>8}{'rate':>8}")
+    torch.manual_seed(0)
+    images = torch.rand(B, sizes[0])
+    x = {how: images.repeat(T, 1) for how in ("E-I Init", "|Kaiming|")}  # (T B, in), the same at each time step
+    for layer in range(1, 5):
+        line = f"{layer:<8}"
+        for how in x:
+            circuit = EICircuit(sizes[layer - 1], sizes[layer])
+            if how == "E-I Init":
+                ei_init(circuit, x[how])
+            i_int = circuit(x[how]).detach()  # (T B, n_E)
+            spikes = lif(i_int.unflatten(0, (T, B)))  # (T, B, n_E)
+            line += f"{i_int.mean():22.2f}{i_int.std():8.2f}{spikes.mean():8.3f}"
+            x[how] = spikes.flatten(0, 1)  # what the next layer receives
+        print(line)
+    print("\nWith |Kaiming| weights and gains of 1 the current is far below the threshold, and the layers fall silent.")

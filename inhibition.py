@@ -1,195 +1,202 @@
-"""The E-I circuit: what stands in place of batch normalization (paper, Section on the E-I circuit).
+"""The E-I circuit, which stands in place of batch normalization (paper, E-I circuit).
 
-In cortex a pyramidal neuron's excitation is matched by fast inhibition from parvalbumin-positive (PV+) interneurons
-that listen to the same inputs. They are about a quarter as many, and they act in two ways: through synapses on the
-dendrites they subtract (E-I balance), and at the soma they divide (gain control). For presynaptic activity x >= 0:
+In cortex, fast parvalbumin-positive (PV+) interneurons listen to the same inputs as the excitatory neurons around
+them, and inhibit these neurons laterally. There is about one for every four excitatory neurons. They act in two ways:
+synapses on the dendrites subtract (E-I balance), synapses at the cell body divide (gain control). For presynaptic
+activity x >= 0:
 
-    I_EE  = W_EE * x                      excitation
-    I_IE  = W_IE * x,   s_I = I_IE        drive and activity of the interneurons
-    I_sub = W_EI s_I                      subtractive inhibition
-    I_div = W_EI (g_I . s_I)              divisive inhibition
-    I_int = g_E . (I_EE - I_sub) / I_div + b_E
+    I_EE  = W_EE * x                                  excitation, n_E maps
+    I_IE  = W_IE * x                                  drive of the interneurons, n_I maps
+    s_I   = max(0, I_IE) = I_IE                       their activity
+    I_sub = W_EI s_I                                  subtractive inhibition
+    I_div = W_EI (g_I . s_I)                          divisive inhibition
+    I_int = g_E . (I_EE - I_sub) / I_div + b_E        what the LIF neurons receive
 
-An interneuron is fast (tau_I << tau_E), so it is at its steady state max(0, I_IE) within one step; as nothing in I_IE
-is negative, that is I_IE itself. No ReLU is computed: its derivative at 0 is 0, and would cut off the gradient that the
-straight-through estimator of `ei_prop.py` carries to silent positions.
+Here * is a convolution (or a matrix product), and . multiplies each map by its gain. W_EI acts at each position alone.
 
-Every weight and gain is non-negative (Dale's law: `clamp_dale`), only b_E is free.
+Dale's law: every weight and gain is non-negative, only b_E is free. `clamp_dale` restores this after each training
+step.
+
+Why the input must be non-negative: x stands for firing rates or light intensities. With it nothing in I_IE or I_div can
+be negative. A negative x could make I_div negative or close to 0, and dividing by it would not be gain control.
+
+Why there is no ReLU on the interneurons: they are fast, so they are at their steady state max(0, I_IE) within one
+time step, and I_IE is never negative. In the forward pass a ReLU changes nothing. In the backward pass its derivative
+at 0 is 0: at silent positions it would cut the gradient of I_sub to x, while the gradient of I_EE to x passes. The
+two nearly cancel; left alone, excitation's part changes the gradient to x by several times its norm
+(tests/test_explanations.py).
+
+Why the readout (the last layer of a network) does not divide: its result is not a current into neurons that fire, but
+the logits themselves, I_EE - I_sub averaged over time. It has no g_I, g_E, b_E and no LIF.
+
+`python inhibition.py` prints every current of a circuit with five inputs.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ei_prop import divide, gain_control, scale_gradient
+from ei_prop import STABILIZERS, divide, scale_gradient, straight_through
 
 
 class EICircuit(nn.Module):
-    """The circuit with all-to-all synapses: presynaptic activity (N, in_features) -> I_int (N, n_E).
+    """The circuit with all-to-all synapses: presynaptic activity x, (N, in_features) -> I_int, (N, n_E).
 
     Args:
-        in_features: presynaptic neurons; also the fan-in d.
-        n_e: excitatory neurons, n_E.
-        ei_ratio: excitatory neurons per inhibitory one; n_I = n_E // ei_ratio, at least 1.
-        readout: only the subtractive half, I_EE - I_sub, as in the last layer of a network: no g_I, g_E, b_E.
+        in_features: number of presynaptic neurons; it is also the fan-in d.
+        n_e: number of excitatory neurons, n_E.
+        ei_ratio: excitatory neurons for each inhibitory one; n_I = n_E // ei_ratio, at least 1.
+        readout: only the subtractive half, I_EE - I_sub.
         eps, ste: how zeros of I_div are handled, see `ei_prop.stabilize`.
         grad_scaling: multiply the gradient of W_EI by 1/d, see `ei_prop.scale_gradient`.
 
     Parameters:
-        w_ee (n_E, in), w_ie (n_I, in), w_ei (n_E, n_I), g_i (n_I,), g_e (n_E,): >= 0. b_e (n_E,).
-        They start as absolute values of Kaiming's initialisation, with gains of 1: the paper's control. What makes the
-        circuit a normalization is E-I Init, an explicit call (`ei_init.initialize`).
+        w_ee (n_E, in), w_ie (n_I, in), w_ei (n_E, n_I), g_i (n_I,), g_e (n_E,), all >= 0, and b_e (n_E,). A weight's
+        name says where it leads and where it comes from: `w_ie` leads to inhibitory neurons, from excitatory ones.
+        They start as the absolute values of Kaiming's initialisation, the gains as 1. This is the paper's control. E-I
+        Init (`ei_init.initialize`) is a call of its own.
 
     Raises:
-        ValueError: for a size below 1.
+        ValueError: a size below 1, or an eps that is neither positive nor a name in `STABILIZERS`.
     """
 
-    needs_batch = True  # its initialisation (`ei_init`) measures the first training batch
+    free = ("b_e",)  # parameters that may be negative
+    needs_batch = True  # E-I Init measures the first training batch
 
     def __init__(self, in_features, n_e, ei_ratio=4, readout=False, eps="adaptive", ste=True, grad_scaling=True):
-        self._setup((in_features,), n_e, ei_ratio, readout, eps, ste, grad_scaling)
-
-    def _setup(self, fan_in_shape, n_e, ei_ratio, readout, eps, ste, grad_scaling):
         super().__init__()
+        fan_in_shape = in_features if isinstance(in_features, tuple) else (in_features,)
         if min(*fan_in_shape, n_e, ei_ratio) < 1:
             raise ValueError(f"a circuit needs sizes of at least 1, not {fan_in_shape}, n_e={n_e}, ei_ratio={ei_ratio}")
+        if eps not in STABILIZERS and (isinstance(eps, str) or not eps > 0):
+            raise ValueError(f"eps is a positive number or one of {', '.join(STABILIZERS)}, not {eps!r}")
         self.n_e, self.n_i = n_e, max(1, n_e // ei_ratio)
-        self.fan_in = torch.Size(fan_in_shape).numel()
+        self.fan_in = torch.Size(fan_in_shape).numel()  # d
         self.readout, self.eps, self.ste, self.grad_scaling = readout, eps, ste, grad_scaling
         self.w_ee = nn.Parameter(torch.empty(self.n_e, *fan_in_shape))
         self.w_ie = nn.Parameter(torch.empty(self.n_i, *fan_in_shape))
         self.w_ei = nn.Parameter(torch.empty(self.n_e, self.n_i))
+        with torch.no_grad():
+            for w in self.parameters():
+                nn.init.kaiming_normal_(w).abs_()
         if not readout:
             self.g_i = nn.Parameter(torch.ones(self.n_i))
             self.g_e = nn.Parameter(torch.ones(self.n_e))
             self.b_e = nn.Parameter(torch.zeros(self.n_e))
-        with torch.no_grad():
-            for w in (self.w_ee, self.w_ie, self.w_ei):
-                nn.init.kaiming_normal_(w).abs_()
 
-    def _synapses(self, x, w):
-        """Presynaptic activity through the weights w, which are shared by all positions where there are positions.
+    def synapses(self, x, w):
+        """The current that x sends through the weights w, (n, in, ...): W * x, (N, n, ...).
 
-        Exactly 0 where the receptive field is silent, whatever algorithm convolves: Winograd's and the FFT's leave
-        rounding noise there, of both signs, which would be taken for the smallest positive I_div.
+        It is exactly 0 where no neuron of the receptive field is active. The mask makes sure of that: some algorithms
+        of convolution (Winograd, FFT) leave rounding noise of both signs there, and the noise would be taken for the
+        smallest positive I_div. The gradient passes as if there were no mask.
         """
-        current = self._product(x, w)
-        with torch.no_grad():  # the forward value only: the gradient still passes to silent positions
-            current.mul_(self._heard(x))
-        return current
+        current = self.product(x, w)  # (N, n, ...)
+        return straight_through(current, current * self.is_reached(x))
 
-    def _product(self, x, w):
-        return F.linear(x, w)
+    def product(self, x, w):
+        return F.linear(x, w)  # (N, n)
 
-    def _heard(self, x):
-        """Whether any neuron of the receptive field is active: (N, 1), with positions (N, 1, H', W')."""
+    def is_reached(self, x):
+        """Whether any presynaptic neuron in the receptive field is active: (N, 1)."""
         return x.amax(1, keepdim=True) > 0
 
-    def _local(self, s, w):
-        """Lateral connections w (n_E, n_I), which act at each position alone."""
-        return torch.einsum("ei,ni...->ne...", w, s)
+    def lateral(self, w_ei, s):
+        """Lateral inhibition W_EI s, at each position alone: (n_E, n_I), (N, n_I, ...) -> (N, n_E, ...)."""
+        return torch.einsum("ei,ni...->ne...", w_ei, s)
 
-    def _inhibition(self):
-        """W_IE, W_EI and g_I (None in a readout), with what E-I Prop does to their gradients."""
+    def inhibition(self):
+        """W_IE, W_EI and g_I. Here the gradient of W_EI is multiplied by 1/d (E-I Prop). A readout has no g_I."""
         w_ei = scale_gradient(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
         return self.w_ie, w_ei, None if self.readout else self.g_i
 
     def currents(self, x):
-        """Every current of the circuit, line by line as in the paper: a dict of i_ee, i_ie, i_sub, i_div (not in a
-        readout) and i_int.
+        """Every current of the circuit for presynaptic activity x, in the order of the paper (the equations above).
 
-        `forward` computes the same I_int with fewer operations.
+        Returns:
+            A dict of i_ee, i_ie, i_sub, i_div (not in a readout) and i_int. Shapes are given beside each line for a
+            convolution; a dense circuit has no H', W'.
         """
-        w_ie, w_ei, g_i = self._inhibition()
-        i_ee = self._synapses(x, self.w_ee)
-        i_ie = self._synapses(x, w_ie)
-        i_sub = self._local(i_ie, w_ei)
+        w_ie, w_ei, g_i = self.inhibition()
+        i_ee = self.synapses(x, self.w_ee)  #                     I_EE = W_EE * x                     (N, n_E, H', W')
+        i_ie = self.synapses(x, w_ie)  #                          I_IE = W_IE * x                     (N, n_I, H', W')
+        s_i = i_ie  #                                             s_I = max(0, I_IE) = I_IE           (N, n_I, H', W')
+        i_sub = self.lateral(w_ei, s_i)  #                        I_sub = W_EI s_I                    (N, n_E, H', W')
         if self.readout:
             return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_int=i_ee - i_sub)
-        g_i, g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (g_i, self.g_e, self.b_e))
-        i_div = self._local(g_i * i_ie, w_ei)
-        i_int = g_e * divide(i_ee - i_sub, i_div, self.eps, self.ste) + b_e
+        g_i, g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (g_i, self.g_e, self.b_e))  # one value a map
+        i_div = self.lateral(w_ei, g_i * s_i)  #                  I_div = W_EI (g_I . s_I)            (N, n_E, H', W')
+        quotient = divide(i_ee - i_sub, i_div, self.eps, self.ste)  #     (I_EE - I_sub) / I_div      (N, n_E, H', W')
+        i_int = g_e * quotient + b_e  #                           I_int = g_E . quotient + b_E        (N, n_E, H', W')
         return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_div=i_div, i_int=i_int)
 
     def forward(self, x):
-        """x, (N, in) or (N, in, H, W), non-negative -> I_int, (N, n_E) or (N, n_E, H', W')."""
-        w_ie, w_ei, g_i = self._inhibition()
-        # I_EE - I_sub = (W_EE - W_EI W_IE) * x: as s_I is linear in x, both are one kernel with a sign. Exact.
-        w_balanced = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)
-        if self.readout:
-            return self._synapses(x, w_balanced)
-        w_balanced = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w_balanced  # g_E scales what the division scales
-        # One pass over x serves both populations.
-        currents = self._synapses(x, torch.cat([w_balanced, w_ie]))
-        w_div = w_ei * g_i  # g_I goes with the synapse instead of the activity
-        if self.ste or self.eps != "adaptive":
-            return gain_control(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
-        balanced, s_i = currents.split([self.n_e, self.n_i], 1)
-        return divide(balanced, self._local(s_i, w_div), self.eps, self.ste) + self.b_e.view(-1, *[1] * (x.dim() - 2))
+        """x, (N, in) or (N, in, H, W), not negative -> I_int, (N, n_E) or (N, n_E, H', W')."""
+        return self.currents(x)["i_int"]
 
     def extra_repr(self):
         return f"fan_in={self.fan_in}, n_e={self.n_e}, n_i={self.n_i}" + ", readout" * self.readout
 
 
 class EICircuit2d(EICircuit):
-    """The circuit with shared weights, a convolution: (N, in_channels, H, W) -> I_int (N, n_E, H', W').
+    """The circuit as a convolution: x, (N, in_channels, H, W) -> I_int, (N, n_E, H', W').
 
     Args:
         in_channels: presynaptic maps.
         n_e: excitatory maps, n_E.
-        kernel_size, stride, padding: of W_EE and W_IE; the fan-in is d = in_channels * kernel_size ** 2. W_EI acts at
-            each position alone, as a 1x1 convolution.
+        kernel_size, stride, padding: of W_EE and W_IE. The fan-in is d = in_channels * kernel_size ** 2.
         The others: as for `EICircuit`.
 
     Parameters:
-        w_ee (n_E, in, k, k), w_ie (n_I, in, k, k), the others as in `EICircuit`.
+        w_ee (n_E, in, k, k) and w_ie (n_I, in, k, k); the others as in `EICircuit`.
     """
 
-    def __init__(
-        self,
-        in_channels,
-        n_e,
-        kernel_size,
-        stride=1,
-        padding=0,
-        ei_ratio=4,
-        readout=False,
-        eps="adaptive",
-        ste=True,
-        grad_scaling=True,
-    ):
-        self._setup((in_channels, kernel_size, kernel_size), n_e, ei_ratio, readout, eps, ste, grad_scaling)
-        self.stride, self.padding = stride, padding
+    def __init__(self, in_channels, n_e, kernel_size, stride=1, padding=0, ei_ratio=4, readout=False, **options):
+        super().__init__((in_channels, kernel_size, kernel_size), n_e, ei_ratio, readout, **options)
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
-    def _product(self, x, w):
-        if x.is_cpu and x.shape[2:] == (2, 2) and (*w.shape[2:], self.stride, self.padding) == (3, 3, 1, 1):
-            return _conv_2x2(x, w)
-        return F.conv2d(x, w, stride=self.stride, padding=self.padding)
+    def product(self, x, w):
+        return F.conv2d(x, w, stride=self.stride, padding=self.padding)  # (N, n, H', W')
 
-    def _heard(self, x):
-        active = F.pad(x.amax(1, keepdim=True), [self.padding] * 4)  # max_pool2d's own padding is limited to k / 2
-        return F.max_pool2d(active, self.w_ee.shape[-1], self.stride) > 0
-
-
-def _conv_2x2(x, w):
-    """A 3x3 convolution with padding on 2x2 maps, where a VGG ends, as one matrix product. Exact: each position q is
-    reached from each position p by one of the kernel's weights; the other 20 of its 36 products meet the padding."""
-    place = torch.tensor([0, 1, 3, 4])  # of the four positions in a 3x3 grid whose middle is number 4
-    tap = 4 + place[:, None] - place  # p, q
-    w_pq = w.permute(2, 3, 1, 0).flatten(0, 1).index_select(0, tap.flatten()).unflatten(0, (4, 4))  # p, q, in, out
-    rows = x.permute(0, 2, 3, 1).flatten(1) @ w_pq.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    return rows.view(-1, 2, 2, w.shape[0]).permute(0, 3, 1, 2)
+    def is_reached(self, x):
+        """Whether any presynaptic neuron in the receptive field is active: (N, 1, H', W')."""
+        active = F.pad(x.amax(1, keepdim=True), [self.padding] * 4)  # the most active map, (N, 1, H + 2p, W + 2p)
+        return F.max_pool2d(active, self.kernel_size, self.stride) > 0
 
 
 @torch.no_grad()
 def clamp_dale(model):
-    """Dale's law: sets what an optimiser step made negative in W_EE, W_IE, W_EI, g_I and g_E back to 0, in place.
+    """Dale's law: sets W_EE, W_IE, W_EI, g_I and g_E to 0 where an optimiser step made them negative, in place.
 
     Args:
-        model: any module; its `EICircuit`s are found. b_E is left free.
+        model: any module. All `EICircuit`s in it are found. b_E stays as it is.
     """
     for circuit in model.modules():
         if isinstance(circuit, EICircuit):
             for name, p in circuit.named_parameters(recurse=False):
-                if name not in ("b_e", "alpha"):  # alpha: the logarithm of DANN's gain
+                if name not in circuit.free:
                     p.clamp_(min=0)
+
+
+if __name__ == "__main__":
+    print("Five inputs, four excitatory neurons, one interneuron. All weights from the interneuron are 1, g_I = 0.5.\n")
+    circuit = EICircuit(in_features=5, n_e=4)
+    x = torch.tensor(
+        [[1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+    )  # (N, 5): two samples, the second is silent
+    with torch.no_grad():
+        circuit.w_ee.copy_(torch.tensor([[2, 0, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 2, 0], [0, 3, 1, 0, 1]]))
+        circuit.w_ie.copy_(torch.tensor([[1, 1, 0, 0, 1]]))
+        circuit.w_ei.fill_(1)
+        circuit.g_i.fill_(0.5)
+        circuit.b_e.copy_(torch.tensor([0.0, 0.0, 0.0, 0.1]))
+        found = circuit.currents(x)
+    print(f"x     {x.tolist()}\nW_EE  {circuit.w_ee.tolist()}\nW_IE  {circuit.w_ie.tolist()}\nb_E   [0, 0, 0, 0.1]\n")
+    names = {"i_ee": "I_EE  = W_EE x", "i_ie": "I_IE  = W_IE x", "i_sub": "I_sub = W_EI s_I"}
+    names |= {"i_div": "I_div = W_EI (g_I . s_I)", "i_int": "I_int = g_E . (I_EE - I_sub) / I_div + b_E"}
+    for name, equation in names.items():
+        print(f"{equation:44}", "   ".join(str([round(v, 3) for v in row]) for row in found[name].tolist()))
+    print("\nThe first sample: 3 - 2 = 1 and 1 / 1 = 1. The second is silent, I_div = 0, and only b_E is left.")
+    with torch.no_grad():
+        twice = [round(v, 3) for v in circuit(2 * x)[0].tolist()]
+    print(f"With 2 x in place of x, I_EE - I_sub and I_div both double, so I_int stays the same: {twice}")

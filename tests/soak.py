@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
 import train
-from checkpoint import Run
+from support.runs import Run
 
 FORKS = multiprocessing.get_context("forkserver")  # processes that need not import PyTorch again
 FORKS.set_forkserver_preload(["train"])

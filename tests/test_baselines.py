@@ -5,7 +5,7 @@ import torch
 
 from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
 from ei_init import initialize
-from inhibition import clamp_dale
+from inhibition import EICircuit, EICircuit2d, clamp_dale
 from model import build, circuits
 
 
@@ -32,6 +32,25 @@ def test_dann_divides_by_the_standard_deviation_of_the_excitation():
     assert torch.equal(circuit.w_ei, torch.full((400, 100), 1 / 100))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda **o: DANNCircuit(200, 400, **o), lambda **o: DANNCircuit2d(8, 400, 5, **o)])
+def test_dann_draws_its_constants(make):
+    circuit = make(ei_ratio=2)
+    d, n_i = 200, 200
+    assert isinstance(circuit, EICircuit) and circuit.n_i == n_i and circuit.eps == 1e-8 and circuit.fan_in == d
+    for w in (circuit.w_ee, circuit.w_ie):
+        mean = math.sqrt(2 * math.pi / (d * (2 * math.pi - 1)))
+        assert w.min() >= 0 and w.mean().item() == pytest.approx(mean, rel=0.02)
+        assert w.std().item() == pytest.approx(mean, rel=0.03)
+    assert circuit.alpha.exp().tolist() == pytest.approx([math.sqrt((2 * math.pi - 1) / d)] * n_i)
+    assert (circuit.w_ei == 1 / n_i).all() and (circuit.g_e == 1).all() and not circuit.b_e.any()
+    assert set(dict(circuit.named_parameters())) == {"w_ee", "w_ie", "w_ei", "alpha", "g_e", "b_e"}
+    assert set(dict(make(readout=True).named_parameters())) == {"w_ee", "w_ie", "w_ei"}
+    assert not circuit.needs_batch and EICircuit2d.needs_batch and circuit.free == ("b_e", "alpha")
+    with pytest.raises(ValueError, match="at least 1"):
+        make(ei_ratio=0)
+
+
 def test_dann_computes_cornford_s_equation_with_corrected_gradients():
     circuit, x = DANNCircuit2d(6, 8, 3, padding=1), rectified(5, 6, 4, 4)
     circuit(x).square().sum().backward()
@@ -46,6 +65,13 @@ def test_dann_computes_cornford_s_equation_with_corrected_gradients():
     z = g_e.view(-1, 1, 1) * subtracted / divisor + b_e.view(-1, 1, 1)
     torch.testing.assert_close(circuit(x), z, rtol=1e-4, atol=1e-5)
     z.square().sum().backward()
+    readout = DANNCircuit(6, 8, readout=True)
+    x = rectified(5, 6)
+    readout(x).square().sum().backward()
+    w_r = [p.detach().clone().requires_grad_() for p in (readout.w_ee, readout.w_ie, readout.w_ei)]
+    (x @ w_r[0].t() - x @ w_r[1].t() @ w_r[2].t()).square().sum().backward()
+    for p, w, factor in zip(readout.parameters(), w_r, (1, 1 / math.sqrt(8), 1 / 6), strict=True):
+        torch.testing.assert_close(p.grad, factor * w.grad, rtol=1e-4, atol=1e-5)
     d, n_e = 6 * 9, 8
     factors = dict(w_ee=1, w_ie=1 / math.sqrt(n_e), w_ei=1 / d, alpha=1 / (d * math.sqrt(n_e)), g_e=1, b_e=1)
     for (name, factor), plain in zip(factors.items(), (w_ee, w_ie, w_ei, alpha, g_e, b_e), strict=True):
@@ -54,7 +80,7 @@ def test_dann_computes_cornford_s_equation_with_corrected_gradients():
 
 @pytest.mark.parametrize("arch", ["vgg8", "vgg11", "vgg16", "vgg19"])
 def test_dann_keeps_dale_s_law_and_leaves_alpha_free(arch):
-    model = build(arch, in_channels=1, T=1, kind="dann", plan=None)
+    model = build(arch, in_channels=1, T=1, kind="dann", plan=None, width=0.25)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [c.alpha.detach().clone() for c in circuits(model)[:-1]]
     for _ in range(2):
@@ -67,12 +93,12 @@ def test_dann_keeps_dale_s_law_and_leaves_alpha_free(arch):
 
 
 def test_dann_is_not_touched_by_ei_init_and_has_no_spikes():
-    model = build("vgg8", in_channels=1, T=3, kind="dann")
+    model = build("vgg8", in_channels=1, T=3, kind="dann", width=0.25)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.rand(4, 1, 32, 32)
     initialize(model, x)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    once = build("vgg8", in_channels=1, T=1, kind="dann")
+    once = build("vgg8", in_channels=1, T=1, kind="dann", width=0.25)
     once.load_state_dict(model.state_dict())
     torch.testing.assert_close(once(x), model(x), rtol=1e-4, atol=1e-4)  # nothing depends on time
 
@@ -80,6 +106,23 @@ def test_dann_is_not_touched_by_ei_init_and_has_no_spikes():
 def test_bn_normalizes_over_time_samples_and_positions():
     z = bn_conv(3, 8, 3, padding=1)(torch.rand(16, 3, 8, 8) * 5)
     assert z.mean((0, 2, 3)).abs().max() < 1e-5 and (z.std((0, 2, 3)) - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("make", [bn_conv, plain_conv])
+def test_sizes_strides_and_weights_of_the_rivals(make):
+    torch.manual_seed(3)
+    layer = make(64, 128, 3, stride=2, padding=1)
+    conv = layer[0] if make is bn_conv else layer
+    assert (
+        layer(torch.rand(2, 64, 9, 9)).shape == (2, 128, 5, 5) and make(4, 8, 3)(torch.rand(1, 4, 5, 5)).shape[2] == 3
+    )
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
+    assert conv.weight.mean().abs() < 0.001 and (conv.weight < 0).any()
+    torch.manual_seed(3)
+    torch.nn.Conv2d(64, 128, 3, bias=make is plain_conv)  # its own initialisation draws first
+    assert torch.equal(conv.weight, torch.nn.init.kaiming_normal_(torch.empty(128, 64, 3, 3)))
+    if make is bn_conv:
+        assert conv.bias is None and layer[1].num_features == 128 and (layer[1].weight == 1).all()
 
 
 def test_plain_is_a_convolution_with_kaiming_s_weights():

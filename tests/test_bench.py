@@ -1,73 +1,23 @@
+import copy
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import relative_error
 
-import bench
 from ei_init import initialize
-from inhibition import EICircuit, EICircuit2d
-from model import ARCHS, build, circuits
+from model import build
+from support import bench
+from support.fast import accelerate
 
 NARROW = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
 
 
-def gradients(model, x):
-    y = torch.arange(len(x)) % 10
-    model.zero_grad()
-    logits = model(x)
-    F.cross_entropy(logits, y).backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def pair(arch, T, x, **options):
-    """A network and its literal form, in double precision: rounding makes no neuron fire in one of them only."""
-    torch.manual_seed(0)
-    fast = build(arch, T=T, **options).double()
-    initialize(fast, x)
-    with torch.no_grad():
-        for circuit in circuits(fast):
-            for p in circuit.parameters():
-                p.mul_(0.95 + 0.1 * torch.rand_like(p))
-            if not circuit.readout:
-                circuit.b_e.uniform_(-0.5, 1.5)  # some fire without input
-    return fast, bench.literal(fast)
-
-
-def assert_equal(fast, slow, x):
-    (a, a_grads), (b, b_grads) = gradients(fast, x), gradients(slow, x)
-    assert b.norm() > 0 and relative_error(a, b) < 1e-9
-    for name, grad in b_grads.items():
-        assert (a_grads[name] - grad).norm() <= 1e-8 * grad.norm(), name  # 0 where nothing comes in
-
-
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_fast_equals_literal_in_every_architecture(arch, T):
-    x = torch.rand(2, 3, 32, 32, dtype=torch.double)
-    assert_equal(*pair(arch, T, x), x)
-
-
-@pytest.mark.parametrize("T", [1, 4])
-@pytest.mark.parametrize("density", [0.002, 0.3, 1.0])
-def test_fast_equals_literal_for_sparse_and_silent_inputs(density, T):
-    x = torch.rand(4, T, 3, 32, 32, dtype=torch.double)  # frames
-    fast, slow = pair("vgg8", T, x, plan=NARROW)
-    x *= torch.rand_like(x) < density
-    x[0] = 0
-    assert_equal(fast, slow, x)
-    x[:] = 0
-    assert_equal(fast, slow, x)
-
-
-def test_literal_is_another_computation_of_the_same_parameters():
-    fast = build("vgg8", plan=NARROW)
-    slow = bench.literal(fast)
-    slow.load_state_dict(fast.state_dict())
-    assert {type(m) for m in circuits(slow)} == {bench.LiteralCircuit, bench.LiteralCircuit2d}
-    assert {type(m) for m in circuits(fast)} == {EICircuit, EICircuit2d}
-    assert slow.readout.w_ee is not fast.readout.w_ee  # training one leaves the other
+def test_the_forms_start_from_the_same_parameters_and_train_apart():
+    forms = bench.networks("vgg8", torch.rand(2, 3, 32, 32), T=2)
+    plain, fast = forms["plain"], forms["fast"]
+    assert type(plain.readout) is not type(fast.readout)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), fast.parameters(), strict=True))
+    assert plain.readout.w_ee is not fast.readout.w_ee
 
 
 def test_a_run_measures_every_form(tmp_path, capsys):
@@ -75,7 +25,7 @@ def test_a_run_measures_every_form(tmp_path, capsys):
     argv = ["--batch-size", "2", "--T", "2", "--seconds", "0.1", "--device", "cpu", "--json", str(file)]
     assert bench.main(argv) == 0
     result, out = json.loads(file.read_text()), capsys.readouterr().out
-    assert {"literal", "fast", "bn", "dann"} <= set(result["forms"])
+    assert {"plain", "fast", "bn", "dann"} <= set(result["forms"])
     for name, form in result["forms"].items():
         assert name in out
         assert len(form["train_s"]) == len(form["forward_s"]) == len(result["copy_rate"]) >= 1
@@ -84,6 +34,8 @@ def test_a_run_measures_every_form(tmp_path, capsys):
 
 def test_arithmetic_is_counted_by_hand():
     model = build("vgg8", plan=[8, "P", 4, "P"], n_classes=10, T=2)
+    initialize(model, torch.rand(3, 3, 32, 32))
+    accelerate(model, torch.rand(3, 3, 32, 32))
     forward, training, unpadded, moved = bench.arithmetic(model, torch.rand(3, 3, 32, 32))
     first, first_local = 3 * 32**2 * (8 + 2) * 27, 3 * 32**2 * 8 * 2
     second, second_local = 2 * 3 * 16**2 * (4 + 1) * 72, 2 * 3 * 16**2 * 4
@@ -108,11 +60,13 @@ def test_peak_memory_is_what_is_held_at_once():
     assert bench.peak_memory(work, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
 
 
-def test_fast_keeps_at_most_0_6_of_what_literal_keeps():
+def test_fast_keeps_at_most_0_6_of_what_plain_keeps():
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
-    fast = build("vgg8", plan=[32, "P", 64, "P"])
-    initialize(fast, x)
-    contenders = [bench.Contender(model, x, y) for model in (fast, bench.literal(fast))]
+    plain = build("vgg8", plan=[32, "P", 64, "P"])
+    initialize(plain, x)
+    fast = copy.deepcopy(plain)
+    assert not accelerate(fast, x)
+    contenders = [bench.Contender(model, x, y) for model in (fast, plain)]
     peaks = [bench.peak_memory(c.train, torch.device("cpu")) for c in contenders]
     assert peaks[0] < 0.6 * peaks[1]
 

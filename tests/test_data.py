@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import data
-import train
+from support import data, recipes
 
 
 def make_folder(root, counts, test="test", size=(40, 36)):
@@ -147,12 +146,12 @@ def test_bad_tinyimagenet(tmp_path):
 
 def test_recipes_of_tinyimagenet():
     def of(*arguments):
-        config = train.settings(train.parse(["--data", "tinyimagenet", *arguments]))
+        config = recipes.settings(recipes.parse(["--data", "tinyimagenet", *arguments]))
         return [config[k] for k in ("lr", "warmup_epochs", "warmup_from", "epochs", "batch_size", "T", "image_size")]
 
     assert of("--arch", "resnet18") == [0.003, 10, 0.001, 300, 128, 4, 32]
     for arch in ("vgg8", "vgg16"):  # as for CIFAR-100
-        cifar = train.settings(train.parse(["--data", "cifar100", "--arch", arch]))
+        cifar = recipes.settings(recipes.parse(["--data", "cifar100", "--arch", arch]))
         assert of("--arch", arch)[:3] == [cifar[k] for k in ("lr", "warmup_epochs", "warmup_from")]
 
 

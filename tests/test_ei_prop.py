@@ -1,7 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from ei_prop import divide, gain_control, scale_gradient, stabilize
+import ei_prop
+from ei_prop import STABILIZERS, divide, scale_gradient, smallest_positive, stabilize, straight_through
 
 # One sample each: no zeros, some zeros, silent.
 I_DIV = torch.tensor([[[3.0, 2.0], [5.0, 4.0]], [[0.0, 0.5], [2.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
@@ -12,6 +17,13 @@ def test_a_zero_borrows_the_smallest_positive_value_of_its_own_sample():
     assert torch.equal(out[0], I_DIV[0])
     assert out[1].tolist() == [[0.5, 0.5], [2.0, 0.5]]
     assert out[2].isfinite().all() and (out[2] > 0).all()
+    assert torch.equal(out[2], torch.ones(2, 2)) and torch.equal(
+        stabilize(I_DIV, silent=7.0)[2], torch.full((2, 2), 7.0)
+    )
+    assert stabilize(I_DIV, silent=torch.inf)[2].isinf().all()
+    assert smallest_positive(I_DIV).tolist() == [[[2]], [[0.5]], [[torch.inf]]]
+    for shape in ((3, 4), (3, 2, 2), (3, 2, 1, 2)):
+        assert smallest_positive(I_DIV.view(shape)).shape == (3, *[1] * (len(shape) - 1))
 
 
 def test_straight_through_the_gradient_reaches_i_div_itself():
@@ -19,6 +31,12 @@ def test_straight_through_the_gradient_reaches_i_div_itself():
     grad = torch.randn(I_DIV.shape)
     stabilize(x).backward(grad)
     assert torch.equal(x.grad, grad)
+    value = torch.randn(I_DIV.shape, requires_grad=True)
+    x.grad = None
+    out = straight_through(x, value)
+    torch.testing.assert_close(out, value)
+    out.backward(grad)
+    assert torch.equal(x.grad, grad) and value.grad is None
 
 
 def test_without_ste_the_lender_collects_the_gradient_of_the_borrowers():
@@ -73,26 +91,71 @@ def test_divide_is_the_quotient_forward_and_backward(shape, eps, ste):
         torch.testing.assert_close(a.grad[heard], b.grad[heard])
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 3, 3)])
-@pytest.mark.parametrize("eps", ["adaptive", 1e-3])
-def test_gain_control_is_the_division_and_b_e(shape, eps):
-    n_e, n_i = 8, 2
-    currents = torch.rand(*shape, n_e + n_i, dtype=torch.double)
-    currents[..., n_e:] *= torch.rand(*shape, 1) < 0.6  # positions without inhibition
-    currents[0, ..., n_e:], currents[1, ..., n_e:] = 0, 0.5  # a silent sample, one without zeros
-    w, b_e = torch.rand(n_e, n_i, dtype=torch.double), torch.randn(n_e, dtype=torch.double)
-    inputs = [t.requires_grad_() for t in (currents, w, b_e)]
-    fused = gain_control(*inputs, eps)
-    plain = divide(currents[..., :n_e], currents[..., n_e:] @ w.t(), eps) + b_e
-    grad = torch.randn_like(plain)
-    torch.testing.assert_close(fused, plain)
-    for a, b in zip(*(torch.autograd.grad(out, inputs, grad) for out in (fused, plain)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_scale_gradient():
     w = torch.randn(3, 2, requires_grad=True)
     out = scale_gradient(w, 0.25)
     assert torch.equal(out, w)
     out.backward(torch.ones(3, 2))
     assert torch.equal(w.grad, torch.full((3, 2), 0.25))
+    for factor in (3.0, -1.0, 0.0):
+        (grad,) = torch.autograd.grad(scale_gradient(w, factor).square().sum(), w)
+        assert torch.equal(scale_gradient(w, factor), w) and torch.equal(grad, factor * 2 * w)
+
+
+def test_the_defaults_are_adaptive_and_straight_through():
+    current, grad = torch.randn(I_DIV.shape), torch.randn(I_DIV.shape)
+    for f in (stabilize, lambda x, *a: divide(current, x, *a)):
+        found = []
+        for arguments in ((), ("adaptive",), ("adaptive", True)):
+            x = I_DIV.clone().requires_grad_()
+            out = f(x, *arguments)
+            found.append((out, *torch.autograd.grad(out, x, grad)))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert STABILIZERS == {"adaptive": smallest_positive}
+
+
+def test_each_name_of_the_table_is_a_stabilization(monkeypatch):
+    def largest(i_div):
+        return i_div.amax(tuple(range(1, i_div.dim())), keepdim=True)
+
+    monkeypatch.setitem(ei_prop.STABILIZERS, "largest", largest)
+    out = stabilize(I_DIV, "largest")
+    assert out[0].tolist() == I_DIV[0].tolist() and out[1].tolist() == [[2, 0.5], [2, 2]]
+    assert not out[2].any()  # what it returns is taken as it is; only infinity stands for "nothing positive"
+    current = torch.ones_like(I_DIV)
+    assert divide(current, I_DIV, "largest")[1].tolist() == [[0.5, 2], [0.5, 0.5]]
+    with pytest.raises(TypeError):
+        stabilize(I_DIV, "unknown")
+
+
+def test_first_and_second_derivatives_of_the_quotient():
+    """The divisor counts as I_div plus a constant, so d(c / v) = dc / v - c dv / v^2, and so on, with v the divisor."""
+    i_div = I_DIV[:2].double().requires_grad_()
+    current = torch.randn(2, 2, 2, dtype=torch.double, requires_grad=True)
+    v = stabilize(i_div).detach()
+    grads = torch.autograd.grad(divide(current, i_div).sum(), (current, i_div), create_graph=True)
+    torch.testing.assert_close(grads[0], 1 / v)
+    torch.testing.assert_close(grads[1], -current / v**2)
+    torch.testing.assert_close(torch.autograd.grad(grads[1].sum(), i_div)[0], 2 * current / v**3)
+
+
+def test_the_demonstration():
+    done = subprocess.run(
+        [sys.executable, "ei_prop.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0 and not done.stderr
+    blocks = done.stdout.split("\n\n")
+    table = blocks[1].splitlines()
+    for i, (divided, balanced_grad, i_div_grad) in enumerate([
+        ([2, 0.5, 0.5, 0.5], [0.5, 2, 2, 2], [-0.15, 0, 1.2, -1.6]),
+        ([2, 0.5, 0.5, 0.5], [0.5, 2, 2, 2], [-0.15, 0, 0, -0.4]),
+        ([2, 1e-8, 1e-8, 0.5], [0.5, 1e8, 1e8, 2], [-0.15, 0, 3e15, -1.6]),
+    ]):  # fmt: skip
+        rows = [[float(v) for v in line.split()[-4:]] for line in table[7 * i + 1 : 7 * i + 7]]
+        assert rows[0] == [0.6, 0, -0.3, 0.4] and rows[1] == [2, 0, 0, 0.5]
+        assert rows[2] == pytest.approx(divided) and rows[4] == pytest.approx(balanced_grad)
+        assert rows[3] == pytest.approx([a / b for a, b in zip(rows[0], divided, strict=True)])
+        assert rows[5] == pytest.approx(i_div_grad)
+    assert [table[i] for i in (0, 7, 14)] == ["adaptive, STE", "adaptive, no STE", "eps = 1e-8"]
+    assert "forward [1.0, 2.0], dL/dw [0.111" in blocks[2]

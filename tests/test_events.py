@@ -10,11 +10,13 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-import data
 import train
 from ei_init import initialize
+from inhibition import clamp_dale
 from model import PLANS, build
+from support import augment, data, recipes
 
 
 def random_events(rng, n=1000):
@@ -230,7 +232,7 @@ def test_aedat4_files_that_are_damaged(tmp_path, capsys, tonic):
 
 def test_recipes_of_event_cameras():
     def of(*arguments):
-        config = train.settings(train.parse(arguments))
+        config = recipes.settings(recipes.parse(arguments))
         return [config[k] for k in ("lr", "warmup_epochs", "epochs", "batch_size", "T", "image_size")]
 
     for arch in ("vgg8", "vgg11"):
@@ -289,7 +291,7 @@ def test_one_of_roll_rotation_and_cutout(monkeypatch):
         pixels = torch.arange(x.shape[-1]).expand(len(x), -1)
         return pixels, pixels
 
-    monkeypatch.setattr(data, "_crop_and_flip", whole)
+    monkeypatch.setattr(augment, "_crop_and_flip", whole)
     S, source = 48, coordinates(1)[0, 0]
     out = augmented(data.augment_cifar10_dvs, coordinates(300))[:, 0]
     rolls, angles, holes = [], [], []
@@ -327,11 +329,11 @@ def test_one_of_roll_rotation_and_cutout(monkeypatch):
 
 def test_the_crop_of_everything_changes_nothing():
     x = torch.rand(20, 2, 2, 48, 48)
-    rows, columns = data._crop_and_flip(x, torch.Generator().manual_seed(0), 1)
+    rows, columns = augment._crop_and_flip(x, torch.Generator().manual_seed(0), 1)
     everything = torch.arange(48).expand(20, -1)
     assert torch.equal(rows, everything)
     assert torch.equal(columns.sort(1).values, everything)  # for it may be flipped
-    assert torch.equal(data._select(x, everything[:, :, None], everything[:, None, :]), x)
+    assert torch.equal(augment._select(x, everything[:, :, None], everything[:, None, :]), x)
 
 
 def test_a_network_learns_the_direction_of_motion(tmp_path, tonic):
@@ -351,13 +353,17 @@ def test_a_network_learns_the_direction_of_motion(tmp_path, tonic):
         assert torch.equal(x[y == 0], x[y == 1].flip(1))
     config = dict(seed=0, batch_size=16, epochs=8, lr=0.004, warmup_epochs=1, warmup_from=1e-7)
     model = build("vgg8", d.in_channels, 2, T=T, image_size=16, plan=["P", 32, 32, "P", 32, "P"])
-    initialize(model, train.training_batch(config, d, train.epoch_order(config, d, 0)[0], 0)[0])
+    initialize(model, train.first_batch(config, d))
     optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4, fused=True)
     step = 0
     for epoch in range(config["epochs"]):
-        for indices in train.epoch_order(config, d, epoch):
-            x, y = train.training_batch(config, d, indices, step)
-            train.train_step(model, optimizer, x, y, train.learning_rate(config, step, 12))
+        for indices in data.epoch_order(config, d, epoch):
+            x, y = data.training_batch(config, d, indices, step)
+            optimizer.param_groups[0]["lr"] = train.learning_rate(config, step, 12)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            clamp_dale(model)
             step += 1
     assert train.evaluate(model, d.test_x, d.test_y)[1] >= 0.85
     assert train.evaluate(model, d.test_x.flip(1), d.test_y)[1] <= 0.15  # backwards in time, down is up

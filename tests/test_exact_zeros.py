@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ei_init import ei_init, initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 from model import build, circuits
+from support.fast import FORMS, accelerate
 
 
 def silent(x, w, stride, padding):
@@ -34,12 +35,12 @@ def noisy_linear(x, w, bias=None):
 
 def outputs_and_gradients(circuit, x, form):
     x = x.clone().requires_grad_()
-    out = circuit(x) if form == "forward" else circuit.currents(x)["i_int"]
+    out = circuit.currents(x)["i_int"] if form == "currents" else circuit(x)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out, *torch.autograd.grad(out, [x, *circuit.parameters()], grad)
 
 
-@pytest.mark.parametrize("form", ["forward", "currents"])
+@pytest.mark.parametrize("form", ["forward", "currents", "fused"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -59,6 +60,8 @@ def test_noise_at_silent_positions_changes_nothing(make, form, monkeypatch):
     x[0] = 0  # a silent sample
     x[1:4, ..., :5] = 0  # silent positions, in a dense circuit silent neurons
     x[4] *= torch.rand(shape[1:]) < 0.05
+    if form == "fused":
+        circuit.__class__ = FORMS[type(circuit)]
     calm = outputs_and_gradients(circuit, x, form)
     monkeypatch.setattr(F, "conv2d", noisy_conv2d)
     monkeypatch.setattr(F, "linear", noisy_linear)
@@ -82,7 +85,8 @@ def test_without_onednn_silent_positions_are_exactly_zero():
     assert (found["i_div"] >= 0).all()
 
 
-def test_without_onednn_a_network_trains():
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_without_onednn_a_network_trains(form):
     """Two classes of sparse images. With the noise taken for I_div currents reach 1e12, and the loss stays at ln 2."""
     y = torch.arange(64) % 2
     x = torch.zeros(64, 1, 32, 32)
@@ -95,6 +99,8 @@ def test_without_onednn_a_network_trains():
         with torch.backends.mkldnn.flags(enabled=onednn):
             model = build("vgg8", in_channels=1, n_classes=2, T=2, plan=[16, "P", 32, "P", 32, "P"])
             initialize(model, x)
+            if form == "fused":
+                assert accelerate(model, x) == set()
             for circuit in circuits(model)[:-1]:
                 circuit.register_forward_hook(lambda _, __, i_int: largest.append(i_int.abs().max().item()))
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

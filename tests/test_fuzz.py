@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
-import data
 import model
 import train
-from checkpoint import Run
+from support import data, runs
+from support.recipes import option, parse
+from support.recipes import settings as settings_of
+from support.runs import Run
 
 
 def cases(n):
@@ -104,14 +105,26 @@ WILD = ["", " ", "0", "-1", "-0", "1e-400", "1e400", "-1e-6", "nan", "-inf", "\u
 WILD += ["vgg8", "None", "adaptive", "--", "-", "--seed", "\0", "a\nb", "é\udcff", "../..", "/dev/null", "%s", "1e30"]
 WILD = st.sampled_from(WILD) | st.text(max_size=8)
 NUMBERS = ["--T", "--epochs", "--batch-size", "--lr", "--weight-decay", "--warmup-epochs", "--warmup-from"]
+NUMBERS += ["--width", "--ei-ratio", "--tau", "--threshold", "--alpha"]
 OTHERS = ["--image-size", "--seed", "--eps", "--arch", "--model", "--init", "--device", "--data-root", "--eval"]
 FLAGS = ["--no-ste", "--grad-scaling", "--no-grad-scaling"]
 USUAL = {
     "--T": "1", "--epochs": "1", "--batch-size": "4", "--image-size": "32", "--lr": "0.1", "--weight-decay": "1e30",
     "--model": "bn", "--init": "kaiming", "--seed": "2147483647", "--eps": "1e-8", "--warmup-epochs": "1e30",
-    "--warmup-from": "1e30", "--arch": "vgg8", "--device": "cpu",
+    "--warmup-from": "1e30", "--arch": "vgg8", "--device": "cpu", "--width": "0.5", "--ei-ratio": "3", "--tau": "1",
+    "--threshold": "0.1", "--alpha": "1e-3",
 }  # fmt: skip
-HUGE = {"--T": "1000000", "--image-size": "1000000", "--lr": "1e30", "--eps": "1e30", "--device": "meta"}
+HUGE = {
+    "--tau": "1e30",
+    "--threshold": "1e30",
+    "--alpha": "1e30",
+    "--ei-ratio": "1000000",
+    "--T": "1000000",
+    "--image-size": "1000000",
+    "--lr": "1e30",
+    "--eps": "1e30",
+    "--device": "meta",
+}
 DEVICES = ["cpu:7", "cuda:99", "mps", "xla", "xpu", "hpu", "vulkan", "mkldnn", "privateuseone", "cuda:-1", "cpu:x", ""]
 
 
@@ -119,10 +132,10 @@ DEVICES = ["cpu:7", "cuda:99", "mps", "xla", "xpu", "hpu", "vulkan", "mkldnn", "
 @given(st.lists(WILD | st.sampled_from([*NUMBERS, *OTHERS, *FLAGS, "--resume", "--out", "--data"]), max_size=6))
 def test_words_of_a_command_line(words):
     try:
-        config = train.settings(train.parse(words))
+        config = settings_of(parse(words))
     except ValueError:
         return
-    assert train.settings(train.parse([checkpoint.option(*item) for item in config.items()])) == config
+    assert settings_of(parse([option(*item) for item in config.items()])) == config
 
 
 @cases(120)
@@ -299,7 +312,7 @@ def test_settings_of_a_run_folder(place, draw):
                 del config[key]
         (folder / "config.json").write_text(json.dumps(config))
         if draw.draw(st.booleans()):
-            (folder / "checkpoint.pt").write_bytes(checkpoint._sealed(state | dict(config=config)))
+            (folder / "checkpoint.pt").write_bytes(runs._sealed(state | dict(config=config)))
             (folder / "best.pt").unlink()
         command([draw.draw(st.sampled_from(["--resume", "--eval"])), folder])
 
@@ -328,7 +341,7 @@ def test_structure_of_a_checkpoint(place, draw):
                 node[key] = draw.draw(VALUES.filter(lambda v: v not in (10**30, -(10**30))))
             break
         try:
-            (folder / name).write_bytes(checkpoint._sealed(state))
+            (folder / name).write_bytes(runs._sealed(state))
         except UnicodeEncodeError:  # there is no such file
             return
         if name == "checkpoint.pt" and draw.draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""The circuit, the LIF neuron and a small VGG-8 against an independent implementation, in float32."""
+"""The circuit, the LIF neuron and a small VGG-8 against an independent implementation, in float32, plain and fused."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from conftest import golden, relative_error
 
 from ei_init import ei_init
 from inhibition import EICircuit2d
-from lif import lif
+from lif import LIF, lif
 from model import build, circuits, layers
+from support.fast import FORMS, FastCircuit2d, FastLIF, accelerate
 
 PARAMETERS = ["w_ee", "w_ie", "w_ei", "g_i", "g_e", "b_e"]
 
@@ -19,14 +20,16 @@ def load(circuit, arrays, prefix=""):
             p.copy_(arrays[prefix + name])
 
 
-@pytest.mark.parametrize("form", ["forward", "currents"])
+@pytest.mark.parametrize("form", ["forward", "currents", "fused"])
 @pytest.mark.parametrize("name", ["circuit_dense", "circuit_sparse"])
 def test_circuit(name, form):
     g = golden(name)
     circuit = EICircuit2d(6, 8, 3, padding=1)
     load(circuit, g)
+    if form == "fused":
+        circuit.__class__ = FastCircuit2d
     x = g["x"].requires_grad_()
-    i_int = circuit(x) if form == "forward" else circuit.currents(x)["i_int"]
+    i_int = circuit.currents(x)["i_int"] if form == "currents" else circuit(x)
     i_int.backward(g["grad_out"])
     assert relative_error(i_int, g["out"]) < 1e-5
     assert relative_error(x.grad, g["grad_x"]) < 1e-4
@@ -47,21 +50,26 @@ def test_statistics_of_ei_init(name):
     assert (circuit.w_ei == 1 / circuit.n_i).all() and (circuit.g_e == 1).all() and (circuit.b_e == 0).all()
 
 
-def test_lif():
+@pytest.mark.parametrize("form", ["function", "layer", "fused"])
+def test_lif(form):
     g = golden("lif")
-    current = g["current"].requires_grad_()
-    spikes = lif(current, float(g["tau"]), float(g["threshold"]))
+    current, settings = g["current"].requires_grad_(), (float(g["tau"]), float(g["threshold"]))
+    neurons = dict(function=lambda current: lif(current, *settings), layer=LIF(*settings), fused=FastLIF(*settings))
+    spikes = neurons[form](current)
     spikes.backward(g["grad_spikes"])
     assert torch.equal(spikes, g["spikes"])
     assert relative_error(current.grad, g["grad_current"]) < 1e-4
 
 
-def test_vgg8():
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_vgg8(form):
     g = golden("vgg8_narrow")
     model = build("vgg8", T=int(g["T"]), plan=[16, "P", 16, "P", 32, "P", 32, "P", 32, "P"])
     assert len(circuits(model)) == int(g["n_layers"])
     for i, circuit in enumerate(circuits(model)):
         load(circuit, g, f"l{i}_")
+    if form == "fused":
+        assert accelerate(model, g["x"]) == set() and not any(type(m) in FORMS for m in model.modules())
     rates = []
     for layer in layers(model):
         layer.register_forward_hook(lambda _, __, spikes: rates.append(spikes.mean().item()))

@@ -1,7 +1,15 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative_error
 
+import ei_prop
 from ei_init import ei_init
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 
@@ -24,32 +32,91 @@ def circuit_and_input(kind, density, **options):
     return circuit, x.requires_grad_()
 
 
+def equations(circuit, x):
+    """The equations of the paper on their own, without any code of `inhibition.py` and `ei_prop.py`: i_int."""
+    dense = x.dim() == 2
+
+    def synapses(w):
+        return x @ w.t() if dense else F.conv2d(x, w, stride=circuit.stride, padding=circuit.padding)
+
+    def lateral(s):
+        return s @ w_ei.t() if dense else F.conv2d(s, w_ei[:, :, None, None])
+
+    def maps(p):
+        return p if dense else p[:, None, None]
+
+    w_ei = circuit.w_ei
+    if circuit.grad_scaling:
+        w_ei = w_ei / circuit.fan_in + (w_ei * (1 - 1 / circuit.fan_in)).detach()
+    i_ee, s_i = synapses(circuit.w_ee), synapses(circuit.w_ie)
+    if circuit.readout:
+        return i_ee - lateral(s_i)
+    i_div = lateral(maps(circuit.g_i) * s_i)
+    if circuit.eps == "adaptive":
+        smallest = torch.where(i_div > 0, i_div, torch.inf).amin(tuple(range(1, x.dim())), keepdim=True)
+        divisor = torch.where(i_div > 0, i_div, smallest)
+        i_div = i_div + (divisor - i_div).detach() if circuit.ste else divisor
+    else:
+        i_div = i_div + circuit.eps
+    return maps(circuit.g_e) * (i_ee - lateral(s_i)) / i_div + maps(circuit.b_e)
+
+
 @pytest.mark.parametrize("readout", [False, True])
 @pytest.mark.parametrize("density", [0.05, 0.5])
 @pytest.mark.parametrize("kind", ["dense", "2d"])
 @pytest.mark.parametrize("options", [{}, dict(ste=False), dict(eps=1e-2), dict(grad_scaling=False)])
 def test_forward_equals_the_equations(kind, density, readout, options):
     circuit, x = circuit_and_input(kind, density, readout=readout, **options)
-    fast = circuit(x)
-    grad = torch.randn_like(fast)
+    out = circuit(x)
+    grad = torch.randn_like(out)
+    if options == dict(ste=False):  # autograd through inf / inf is NaN in a silent sample of the literal equations
+        x = x.detach()[1:].requires_grad_()
+        out, grad = circuit(x), grad[1:]
     inputs = [x, *circuit.parameters()]
-    fast_grads = torch.autograd.grad(fast, inputs, grad)
-    literal = circuit.currents(x)["i_int"]
-    assert relative_error(fast, literal) < 1e-5
-    for a, b in zip(fast_grads, torch.autograd.grad(literal, inputs, grad), strict=True):
+    grads = torch.autograd.grad(out, inputs, grad)
+    assert torch.equal(out, circuit.currents(x)["i_int"])
+    literal = equations(circuit, x)
+    assert list(circuit.currents(x)) == ["i_ee", "i_ie", "i_sub", *["i_div"] * (not readout), "i_int"]
+    assert relative_error(out, literal) < 1e-5
+    for a, b in zip(grads, torch.autograd.grad(literal, inputs, grad), strict=True):
         assert relative_error(a, b) < 1e-4
 
 
-def test_a_2x2_map_as_one_product_equals_the_convolution():
-    x = torch.rand(3, 5, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
-    circuit = EICircuit2d(5, 8, 3, padding=1)
-    w = torch.randn(7, 5, 3, 3, requires_grad=True)
-    fast, slow = circuit._synapses(x, w), torch.nn.functional.conv2d(x, w, padding=1)
-    assert not torch.equal(fast, slow)  # rounded differently, so the other form was taken
-    assert relative_error(fast, slow) < 1e-6
-    grad = torch.randn_like(slow)
-    for a, b in zip(*(torch.autograd.grad(out, (x, w), grad) for out in (fast, slow)), strict=True):
-        assert relative_error(a, b) < 1e-6
+@pytest.mark.parametrize("kernel, stride, padding, size", [(3, 2, 1, 7), (1, 2, 0, 6), (3, 1, 2, 5), (2, 1, 0, 4)])
+def test_strides_paddings_and_kernels(kernel, stride, padding, size):
+    circuit = EICircuit2d(3, 8, kernel, stride=stride, padding=padding)
+    assert (circuit.kernel_size, circuit.stride, circuit.padding, circuit.fan_in) == (
+        kernel,
+        stride,
+        padding,
+        3 * kernel**2,
+    )
+    x = torch.rand(4, 3, size, size)
+    ei_init(circuit, x)
+    x = x * (torch.rand_like(x) < 0.1)
+    assert relative_error(circuit(x), equations(circuit, x)) < 1e-5
+    reached = F.conv2d(x.sum(1, keepdim=True), torch.ones(1, 1, kernel, kernel), None, stride, padding) > 0
+    assert torch.equal(circuit.is_reached(x), reached) and 0 < reached.float().mean() < 1
+
+
+def test_the_defaults_are_those_of_the_paper():
+    circuit, conv = EICircuit(6, 8), EICircuit2d(2, 8, 3)
+    for c in (circuit, conv):
+        assert (c.n_e, c.n_i, c.readout, c.eps, c.ste, c.grad_scaling) == (8, 2, False, "adaptive", True, True)
+        assert not c.b_e.any() and (c.g_e == 1).all() and (c.g_i == 1).all()
+    assert (conv.stride, conv.padding) == (1, 0)
+    assert repr(circuit) == "EICircuit(fan_in=6, n_e=8, n_i=2)"
+    assert repr(EICircuit(6, 8, readout=True)) == "EICircuit(fan_in=6, n_e=8, n_i=2, readout)"
+    options = dict(eps=0.5, ste=False, grad_scaling=False, readout=True, ei_ratio=2)
+    for c in (EICircuit(6, 8, **options), EICircuit2d(6, 8, 1, **options)):
+        assert (c.eps, c.ste, c.grad_scaling, c.readout, c.n_i) == (0.5, False, False, True, 4)
+    assert EICircuit2d(1, 8, 3, 2, 1, 8, True).n_i == 1  # all by position
+
+
+def test_starts_with_the_absolute_values_of_kaiming():
+    circuit = EICircuit2d(64, 512, 3)
+    for w, fan_in in ((circuit.w_ee, 576), (circuit.w_ie, 576), (circuit.w_ei, 128)):
+        assert (w >= 0).all() and w.square().mean().item() == pytest.approx(2 / fan_in, rel=0.02)
 
 
 def test_currents_are_the_equations_by_hand():
@@ -127,5 +194,86 @@ def test_clamp_dale():
 
 @pytest.mark.parametrize("sizes", [(0, 8, 4), (3, 0, 4), (3, 8, 0)])
 def test_refuses_empty_sizes(sizes):
-    with pytest.raises(ValueError, match="at least 1"):
+    message = rf"^a circuit needs sizes of at least 1, not \({sizes[0]},\), n_e={sizes[1]}, ei_ratio={sizes[2]}$"
+    with pytest.raises(ValueError, match=message):
         EICircuit(sizes[0], sizes[1], ei_ratio=sizes[2])
+    with pytest.raises(ValueError, match=rf"at least 1, not \({sizes[0]}, 3, 3\)"):
+        EICircuit2d(sizes[0], sizes[1], 3, ei_ratio=sizes[2])
+    with pytest.raises(ValueError, match="at least 1"):
+        EICircuit2d(3, 8, 0)
+    assert EICircuit(1, 1, ei_ratio=1).n_i == 1
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-8, float("nan"), "adaptiv", ""])
+def test_refuses_an_eps_that_is_none(eps):
+    with pytest.raises(ValueError, match=f"^eps is a positive number or one of adaptive, not {eps!r}$"):
+        EICircuit(3, 8, eps=eps)
+
+
+def test_a_new_stabilizer_is_a_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(ei_prop.STABILIZERS, "one", lambda i_div: torch.ones(()))
+    circuit, x = EICircuit(3, 8, eps="one"), torch.tensor([[1.0, 0, 2], [0, 0, 0]])
+    assert torch.equal(circuit(x)[1], torch.zeros(8))
+    with torch.no_grad():
+        circuit.w_ei[0] = 0
+        circuit.b_e.fill_(0.5)
+    torch.testing.assert_close(circuit(x)[0, 0], circuit.w_ee[0] @ x[0] + 0.5)
+    with pytest.raises(ValueError, match="one of adaptive, one, not 'two'"):
+        EICircuit(3, 8, eps="two")
+
+
+def test_torch_func():
+    """A sample does not depend on the others, so vmap over samples and per-sample gradients are what they should be."""
+    circuit, x = circuit_and_input("2d", 0.3)
+    circuit, x = circuit.double(), x.detach().double()
+    parameters = dict(circuit.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(circuit, parameters, sample[None]).square().sum()
+
+    out = torch.func.vmap(lambda sample: circuit(sample[None])[0])(x)
+    torch.testing.assert_close(out, circuit(x))
+    whole = torch.autograd.grad(circuit(x).square().sum(), [*parameters.values()])
+    once = torch.func.grad(lambda p: torch.func.functional_call(circuit, p, x).square().sum())(parameters)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for name, want in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(once[name], want)
+        assert per_sample[name].shape == (5, *want.shape)
+        torch.testing.assert_close(per_sample[name].sum(0), want)
+    dense, x = circuit_and_input("dense", 0.3)
+    x = x.detach()
+    torch.testing.assert_close(torch.func.vmap(lambda sample: dense(sample[None])[0])(x), dense(x))
+
+
+@pytest.mark.parametrize("kind", ["dense", "2d"])
+def test_second_derivatives_of_the_circuit(kind):
+    circuit, x = circuit_and_input(kind, 0.3, grad_scaling=False)
+    circuit, x = circuit.double(), x.detach()[1:].double().requires_grad_()
+    grad = torch.randn_like(circuit(x))
+    found = []
+    for form in (circuit, lambda x: equations(circuit, x)):
+        inputs = [x, *circuit.parameters()]
+        first = torch.autograd.grad(form(x), inputs, grad, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-8 * b.norm()
+
+
+def test_the_demonstration():
+    done = subprocess.run(
+        [sys.executable, "inhibition.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0 and not done.stderr
+    found = {}
+    for line in done.stdout.splitlines():
+        found[line.split("  ")[0].strip()] = [json.loads(row) for row in re.findall(r"\[[-0-9., ]*\]", line)]
+    w_ee, w_ie, b_e = (torch.tensor(found[name]) for name in ("W_EE", "W_IE", "b_E"))
+    x = torch.tensor(found["x"])
+    i_ee, i_ie = x @ w_ee.t(), x @ w_ie.t()
+    assert found["I_EE"] == i_ee.tolist() == [[3, 2, 1, 2], [0] * 4] and found["I_IE"] == i_ie.tolist() == [[2], [0]]
+    assert found["I_sub = W_EI s_I"] == [[2] * 4, [0] * 4]
+    assert found["I_div = W_EI (g_I . s_I)"] == [[1] * 4, [0] * 4]
+    i_int = [((i_ee[0] - 2) / 1 + b_e[0]).tolist(), b_e[0].tolist()]
+    last = found["I_int = g_E . (I_EE - I_sub) / I_div + b_E"]
+    assert last[0] == pytest.approx(i_int[0]) and last[1] == pytest.approx(i_int[1])
+    assert done.stdout.rstrip().endswith("so I_int stays the same: [1.0, 0.0, -1.0, 0.1]")

@@ -1,25 +1,37 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import relative_error
+from torch.autograd import gradcheck, gradgradcheck
 
-from bench import LiteralLIF
-from lif import LIF, lif, membrane_potential
-
-
-def literal(current, tau, threshold):
-    """The equations as a loop over time that autograd differentiates."""
-    return LiteralLIF(tau, threshold)(current)
+from lif import LIF, Spike, lif, membrane_potential, simulate
 
 
+def literal(current, tau=2.0, threshold=1.0, alpha=4.0):
+    """The equations on their own, without any code of `lif.py`: s has the value of the step and the slope of sigma."""
+    u, s, spikes = torch.zeros_like(current[0]), torch.zeros_like(current[0]), []
+    for i in current:
+        u = (1 - 1 / tau) * (u - threshold * s) + i
+        smooth = 1 / (1 + torch.exp(-alpha * (u - threshold)))
+        s = (u >= threshold).to(u.dtype)
+        spikes.append(s + (smooth - smooth.detach()))
+    return torch.stack(spikes)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 4.0])
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
 @pytest.mark.parametrize("tau", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("T", [1, 2, 4, 9])
 @pytest.mark.parametrize("static", [False, True])
-def test_equals_the_plain_loop(T, tau, threshold, static):
+def test_equals_the_plain_loop(T, tau, threshold, static, alpha):
     x = torch.randn(1 if static else T, 3, 4, 5, 5).contiguous().requires_grad_()
     y = x.detach().clone().requires_grad_()
     grad = torch.randn(T, 3, 4, 5, 5)
-    a, b = lif(x.expand(T, -1, -1, -1, -1), tau, threshold), literal(y.expand(T, -1, -1, -1, -1), tau, threshold)
+    a = lif(x.expand(T, -1, -1, -1, -1), tau, threshold, alpha)
+    b = literal(y.expand(T, -1, -1, -1, -1), tau, threshold, alpha)
     a.backward(grad)
     b.backward(grad)
     assert 0 < b.mean() < 1
@@ -27,37 +39,127 @@ def test_equals_the_plain_loop(T, tau, threshold, static):
     assert relative_error(x.grad, y.grad) < 1e-5
 
 
+def test_the_defaults_are_those_of_the_paper():
+    x = torch.linspace(-2, 3, 64, dtype=torch.double).view(8, 8)
+    paper = (2.0, 1.0, 4.0)  # tau, theta, alpha
+
+    def gradient_of(f, *args):
+        leaf = x.clone().requires_grad_()
+        f(leaf, *args).square().sum().backward()
+        return leaf.grad
+
+    for f in (lif, lambda x, *a: torch.stack(simulate(x, *a)[1]), lambda x, *a: LIF(*a)(x)):
+        assert torch.equal(gradient_of(f), gradient_of(lif, *paper))
+    assert torch.equal(membrane_potential(x), membrane_potential(x, 2.0, 1.0))
+    assert torch.equal(membrane_potential(x), torch.stack(simulate(x)[0]))
+
+
 def test_reset_is_soft_and_the_threshold_fires():
     # u: 1 (fires, equal to theta), 0.5 * 0 + 2.5 (fires, 1.5 left over), 0.5 * 1.5 + 0.25 (fires again), 0
-    assert lif(torch.tensor([1.0, 2.5, 0.25, 0.0])).tolist() == [1, 1, 1, 0]
+    current = torch.tensor([1.0, 2.5, 0.25, 0.0])
+    assert lif(current).tolist() == [1, 1, 1, 0]
+    assert membrane_potential(current).tolist() == [1, 2.5, 1, 0]
 
 
-def test_keeps_the_memory_layout():
-    x = torch.randn(3, 2, 4, 5, 5).transpose(2, 4)
-    assert lif(x)[0].stride() == x[0].stride() != x.contiguous()[0].stride()
-    current = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
-    spikes = lif(current.expand(3, -1, -1, -1, -1))
-    assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("f", [lif, membrane_potential])
+def test_one_time_step(f):
+    current = torch.tensor([[0.5, 1.0, 2.0]])
+    assert f(current).tolist() == ([[0, 1, 1]] if f is lif else [[0.5, 1.0, 2.0]])
+
+
+def test_keeps_type_and_shape():
+    for shape in ((3,), (3, 2), (3, 2, 4, 5)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            current = torch.randn(shape).to(dtype)
+            for out in (lif(current), membrane_potential(current)):
+                assert out.dtype == dtype and out.shape == shape
 
 
 def test_gradient_in_double_precision_of_the_layer():
     x = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
-    LIF(tau=3.0, threshold=0.7)(x).sum().backward()
+    LIF(tau=3.0, threshold=0.7, alpha=2.5)(x).sum().backward()
     y = x.detach().clone().requires_grad_()
-    literal(y, 3.0, 0.7).sum().backward()
+    literal(y, 3.0, 0.7, 2.5).sum().backward()
     assert relative_error(x.grad, y.grad) < 1e-12
 
 
-@pytest.mark.parametrize("tau, threshold", [(0.5, 1.0), (2.0, 0.0), (2.0, -1.0), (float("nan"), 1.0)])
-def test_refuses_what_is_no_neuron(tau, threshold):
-    with pytest.raises(ValueError, match="tau"):
-        lif(torch.ones(2, 3), tau, threshold)
+def test_the_surrogate_is_the_slope_of_the_logistic_function_by_hand():
+    u = torch.tensor([1.0, 1.5, 0.0], dtype=torch.double, requires_grad=True)
+    (slope,) = torch.autograd.grad(Spike.apply(u, 1.0, 4.0).sum(), u)
+    # at the threshold 4 / 4; sigma(2) = 0.880797, sigma(-4) = 0.0179862
+    assert slope.tolist() == pytest.approx([1, 4 * 0.880797 * 0.119203, 4 * 0.0179862 * 0.9820138], rel=1e-5)
+
+
+def test_no_gradient_passes_through_the_reset():
+    x = torch.tensor([3.0, 0.0], dtype=torch.double, requires_grad=True)  # u: 3, 1
+    spikes = lif(x)
+    (grad,) = torch.autograd.grad(spikes[1], x)
+    assert grad.tolist() == [0.5, 1.0]  # the slope is 1 at the threshold; with the reset the first would be smaller
+
+
+def test_second_derivatives_are_those_of_the_surrogate():
+    x = (2 * torch.rand(3, 5, dtype=torch.double)).requires_grad_()
+    w = torch.randn(3, 5, dtype=torch.double)
+
+    def first(f, x):
+        return torch.autograd.grad((f(x) * w).sum(), x, create_graph=True)[0]
+
+    second = [torch.autograd.grad(first(f, x).square().sum(), x)[0] for f in (lif, literal)]
+    assert second[1].abs().min() > 0 and relative_error(*second) < 1e-10
+    sigma = torch.sigmoid(4 * (x[0] - 1))  # one neuron, one step: d2s/du2 = alpha^2 sigma (1 - sigma) (1 - 2 sigma)
+    slope = torch.autograd.grad(Spike.apply(x[0], 1.0, 4.0).sum(), x, create_graph=True)[0]
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(curvature[0], 16 * sigma * (1 - sigma) * (1 - 2 * sigma))
+
+    def slopes(u):  # the derivative as a function of its own: what autograd says of it must be its finite differences
+        return torch.autograd.grad(Spike.apply(u, 1.0, 4.0), u, torch.ones_like(u), create_graph=True)[0]
+
+    assert gradcheck(slopes, x[0].detach().requires_grad_()) and gradgradcheck(slopes, x[0].detach().requires_grad_())
+
+
+def test_torch_func():
+    x = torch.randn(4, 3, 5, dtype=torch.double)
+    leaf = x.clone().requires_grad_()
+    lif(leaf).square().sum().backward()
+    assert torch.equal(torch.func.grad(lambda x: lif(x).square().sum())(x), leaf.grad)
+    assert torch.equal(torch.func.vmap(lif, in_dims=1, out_dims=1)(x), lif(x))
+    per_neuron = torch.func.vmap(torch.func.grad(lambda x: lif(x).square().sum()), in_dims=1, out_dims=1)(x)
+    assert torch.equal(per_neuron, leaf.grad)
+    jacobian = torch.func.jacrev(lambda x: lif(x).sum((1, 2)))(x)  # (T, T, 3, 5)
+    assert torch.equal(jacobian[0, 1:], torch.zeros(3, 3, 5).double())  # a spike does not depend on what comes later
+
+
+BAD = [(0.5, 1.0, 4.0), (2.0, 0.0, 4.0), (2.0, -1.0, 4.0), (float("nan"), 1.0, 4.0), (2.0, float("nan"), 4.0)]
+BAD += [(2.0, 1.0, 0.0), (2.0, 1.0, -4.0), (2.0, 1.0, float("nan"))]
+
+
+@pytest.mark.parametrize("tau, threshold, alpha", BAD)
+def test_refuses_what_is_no_neuron(tau, threshold, alpha):
+    message = (
+        f"^lif: tau must be at least 1, threshold and alpha must be positive, not tau={tau}, threshold={threshold}"
+    )
+    message += f", alpha={alpha}$"
+    for make in (lambda *a: lif(torch.ones(2, 3), *a), lambda *a: simulate(torch.ones(2, 3), *a), LIF):
+        with pytest.raises(ValueError, match=message):
+            make(tau, threshold, alpha)
+    if alpha == 4:
+        with pytest.raises(ValueError, match="tau"):
+            membrane_potential(torch.ones(2, 3), tau, threshold)
+
+
+def test_tau_of_1_and_small_thresholds_are_neurons():
+    assert lif(torch.tensor([0.5, 2.0, 0.5]), tau=1).tolist() == [0, 1, 0]  # no memory
+    assert lif(torch.tensor([1e-6]), threshold=1e-7, alpha=1e-3).tolist() == [1]
 
 
 @pytest.mark.parametrize("current", [torch.tensor(1.0), torch.ones(0, 3)])
-def test_refuses_a_current_without_time(current):
-    with pytest.raises(ValueError, match="time step"):
-        lif(current)
+@pytest.mark.parametrize("f", [lif, membrane_potential, simulate, LIF()])
+def test_refuses_a_current_without_time(f, current):
+    shape = str(tuple(current.shape)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(
+        ValueError, match=f"^lif: the current needs a first axis of at least one time step, not {shape}$"
+    ):
+        f(current)
 
 
 def test_the_membrane_potential_is_that_of_the_spikes():
@@ -65,3 +167,29 @@ def test_the_membrane_potential_is_that_of_the_spikes():
     u, spikes = membrane_potential(current, tau=3.0, threshold=0.8), lif(current, tau=3.0, threshold=0.8)
     assert torch.equal(spikes, (u >= 0.8).float()) and 0.1 < spikes.mean() < 0.9
     torch.testing.assert_close(u[1:], (1 - 1 / 3) * (u[:-1] - 0.8 * spikes[:-1]) + current[1:])
+    assert torch.equal(u[0], current[0])
+    assert not membrane_potential(current.requires_grad_()).requires_grad
+
+
+def test_a_layer_keeps_no_state():
+    layer, x = LIF(), torch.rand(3, 40) + 0.4
+    assert torch.equal(layer(x), layer(x)) and not list(layer.parameters()) and not layer.state_dict()
+    assert repr(LIF(3.0, 0.5, 2.0)) == "LIF(tau=3.0, threshold=0.5, alpha=2.0)"
+
+
+def test_the_demonstration():
+    done = subprocess.run(
+        [sys.executable, "lif.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0 and not done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    columns = [[float(v) for v in column] for column in zip(*rows, strict=True)]
+    t, current, u, spikes, slope, grad = columns
+    assert t == [1, 2, 3, 4, 5, 6, 7, 8] and current == [0.5, 0.5, 0.5, 0.5, 2.5, 0.5, 0.25, 0]
+    assert u == pytest.approx([0.5, 0.75, 0.875, 0.9375, 2.96875, 1.484375, 0.4921875, 0.24609375], abs=1e-4)
+    assert spikes == [0, 0, 0, 0, 1, 1, 0, 0]
+    leaf = torch.tensor(current, requires_grad=True)
+    literal(leaf).sum().backward()
+    assert grad == pytest.approx(leaf.grad.tolist(), abs=1e-4)
+    for k in range(7):
+        assert grad[k] == pytest.approx(slope[k] + 0.5 * grad[k + 1], abs=2e-4)

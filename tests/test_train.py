@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 import train
-from checkpoint import Run
+from support import data, progress, recipes
+from support.runs import Run
 
 TRAIN = Path(train.__file__)
 
@@ -117,32 +118,6 @@ def test_the_same_seed_gives_the_same_run(options, tmp_path):
     assert same(a, b) and not same(a, c)
 
 
-def test_a_suite_goes_on_where_it_was_and_skips_what_is_finished(options, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(train.SUITES, "paper", [["--model", "plain"], ["--no-ste"], ["--eps", "1e-6"]])
-    suite = [*options, "--suite", "paper", "--epochs", "1", "--out", str(tmp_path)]
-    evaluate = train.evaluate
-
-    def stop_in_the_second_run(*arguments):
-        if (tmp_path / "folder-vgg8-ei-noste-seed0").exists():
-            signal.raise_signal(signal.SIGTERM)
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(train, "evaluate", stop_in_the_second_run)
-    assert train.main(suite) == 128 + signal.SIGTERM
-    assert (tmp_path / "folder-vgg8-plain-seed0" / "result.json").exists()
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    capsys.readouterr()
-    assert train.main(suite) == 0
-    out = capsys.readouterr().out
-    assert out.count("finished before") == 1 and "run 3 of 3: --eps 1e-6" in out
-    assert len(list(tmp_path.glob("*/result.json"))) == 3
-    for file in tmp_path.glob("*/checkpoint*.pt"):  # large, and of no use to a finished run
-        file.unlink()
-    assert train.main(suite) == 0
-    assert capsys.readouterr().out.count("finished before") == 3
-    assert "was made with epochs=1, not 2" in run_and_fail(capsys, *suite[:-3], "2", *suite[-2:])
-
-
 def test_recording_histograms_changes_no_result(options, tmp_path, monkeypatch):
     assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "with")]) == 0
     recorded = json.loads((tmp_path / "with" / "histograms.json").read_text())
@@ -151,7 +126,7 @@ def test_recording_histograms_changes_no_result(options, tmp_path, monkeypatch):
     for epoch in recorded:
         for layer, n in zip(epoch, neurons, strict=True):
             assert sum(layer["i_int"]) == sum(layer["u"]) == n * 6 * 2  # test images, time steps
-    monkeypatch.setattr(train, "histograms", lambda *_: [])
+    monkeypatch.setattr(progress, "histograms", lambda *_: [])
     assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "without")]) == 0
     assert same(parameters(tmp_path / "with"), parameters(tmp_path / "without"))
 
@@ -195,12 +170,12 @@ def test_killed_and_resumed_ends_bit_identical(epoch, how, options, undisturbed,
 
 
 def test_an_epoch_lasts_as_long_as_its_parts(options, tmp_path, monkeypatch):
-    def step_and_stop(*args):
+    def clamp_and_stop(model):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return clamp(model)
 
-    step, resume = train.train_step, Run.resume
-    monkeypatch.setattr(train, "train_step", step_and_stop)
+    clamp, resume = train.clamp_dale, Run.resume
+    monkeypatch.setattr(train, "clamp_dale", clamp_and_stop)
     assert train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")]) == 128 + signal.SIGTERM
     monkeypatch.undo()
     state = Run(tmp_path / "r").load()
@@ -237,10 +212,9 @@ def test_resuming_with_other_data_is_refused(options, tmp_path, capsys, monkeypa
 def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, monkeypatch):
     def poison(model, batch):
         with torch.no_grad():
-            model.encoder.stages[2].circuit.b_e[0] = float("inf")
+            model.encoder.stages[2].circuit.b_e[0] = float("nan")  # as a comparison, u >= theta is False: silence
 
     monkeypatch.setattr(train, "initialize", poison)
-    monkeypatch.setattr(train, "train_step", lambda *a: torch.tensor([float("nan"), 0.0]))
     assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "r")]) == 0
     assert "encoder.stages.2.circuit" in capsys.readouterr().out
     result = json.loads((tmp_path / "r" / "result.json").read_text())
@@ -250,7 +224,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, mo
 
 def test_the_recipe_follows_data_arch_and_model():
     def of(*arguments):
-        return train.settings(train.parse(arguments))
+        return recipes.settings(recipes.parse(arguments))
 
     assert of()["arch"] == "vgg8" and of()["data"] == "digits" and of()["T"] == 4
     cifar = of("--data", "cifar10")
@@ -273,12 +247,12 @@ def test_learning_rate_warms_up_and_anneals():
 
 
 def test_every_sample_is_drawn_once_an_epoch():
-    dataset = train.data.load("digits")
+    dataset = data.load("digits")
     config = dict(seed=1, batch_size=32)
-    order = train.epoch_order(config, dataset, 0)
+    order = data.epoch_order(config, dataset, 0)
     assert order.shape == (44, 32) and len(order.unique()) == 44 * 32
-    assert not torch.equal(order, train.epoch_order(config, dataset, 1))
-    assert torch.equal(order, train.epoch_order(config, dataset, 0))
+    assert not torch.equal(order, data.epoch_order(config, dataset, 1))
+    assert torch.equal(order, data.epoch_order(config, dataset, 0))
 
 
 @pytest.mark.parametrize(
@@ -291,11 +265,15 @@ def test_every_sample_is_drawn_once_an_epoch():
         (["--epochs", "0"], "at least 1"),
         (["--epochs", "1.5"], "whole number"),
         (["--batch-size", "-3"], "at least 1"),
-        (["--suite", "depth", "--arch", "vgg8"], "chooses --arch itself"),
-        (["--suite", "paper", "--no-grad-scaling"], "chooses --grad-scaling itself"),
         (["--model", "dann", "--no-ste"], "of --model ei only"),
         (["--model", "bn", "--eps", "1e-6"], "of --model ei only"),
-        (["--suite", "rivals", "--eps", "1e-6"], "of --model ei only"),
+        (["--model", "dann", "--tau", "3"], "spiking neurons"),
+        (["--model", "bn", "--ei-ratio", "8"], "E-I circuits"),
+        (["--tau", "0.5"], "at least 1"),
+        (["--threshold", "0"], "positive number"),
+        (["--alpha", "-1"], "positive number"),
+        (["--ei-ratio", "0"], "at least 1"),
+        (["--width", "0"], "0.001 to 100"),
         (["--batch-size", "1438"], "larger than the training set of 1437"),
         (["--lr", "0"], "positive number"),
         (["--lr", "nan"], "positive number"),
@@ -342,7 +320,7 @@ def test_a_full_disk_damages_nothing(options, tmp_path, capsys, monkeypatch):
 
 
 def test_a_silent_first_batch(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.data, "augment", lambda x, generator: x)  # cutout puts noise where nothing is
+    monkeypatch.setattr(data, "augment", lambda x, generator: x)  # cutout puts noise where nothing is
     for split in ("train", "test"):
         for name in "ab":
             (tmp_path / split / name).mkdir(parents=True)

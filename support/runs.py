@@ -1,12 +1,13 @@
-"""The run folder: what a training writes, so that it can be stopped at any moment and goes on where it was.
+"""The run folder: what a training writes, so that it can be stopped at any moment and goes on where it was. A reader of
+the paper may skip this file.
 
     checkpoint.pt       the whole state of the training; all the others are written again from it when a run is resumed
     checkpoint.prev.pt  the one before, for when that one turns out to be damaged
     config.json         every setting, written once, after the first checkpoint
     best.pt             parameters of the epoch with the best test accuracy
     metrics.csv         a line an epoch
-    histograms.json     how I_int and u of each layer are distributed (`model.histograms`), at the start and after each
-                        epoch
+    histograms.json     how I_int and u of each layer are distributed (`measure.histograms`), at the start and after
+                        each epoch
     result.json         the outcome, when the run has ended
     .lock               held by the process that trains, and let go by the system however that ends
 
@@ -16,26 +17,27 @@ seeded by (seed, step), hence the state of a training is its parameters, the opt
 has to be restored, and on a CPU a resumed run ends with the same bits as one that was never stopped.
 """
 
-import argparse
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
-import re
-import shlex
-import signal
-import sys
+import time
 import weakref
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from support.console import first_line, quoted
+from support.recipes import option, parse, settings
+
+fcntl = msvcrt = None
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two processes from one folder
-    fcntl = None
+except ImportError:  # Windows
+    with contextlib.suppress(ImportError):
+        import msvcrt
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 SEAL = hashlib.sha256().digest_size  # bytes
@@ -65,6 +67,18 @@ def misfit(value, kind, name="it"):
     return name if parts is None else next(filter(None, (misfit(*part) for part in parts)), None)
 
 
+def replace(source, target, seconds=1.0):
+    """`os.replace`, tried again for a second where another program (a virus scanner) holds the file for a moment."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 def write_atomically(path, data, previous=None):
     """Writes bytes to a file so that it is never seen half written; what was there stays if that fails.
 
@@ -81,14 +95,18 @@ def write_atomically(path, data, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+            replace(path, previous)
+        replace(temporary, path)
     except OSError as error:
         try:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass
         raise OSError(f"cannot write {path}: {error.strerror}; what was there before is intact") from None
+
+
+class Taken(ValueError):
+    """The folder holds a run already, or another process trains in it."""
 
 
 class Run:
@@ -108,15 +126,16 @@ class Run:
         self.folder, self.best = Path(folder), []
         self.quoted = quoted(folder)
         self.config = config  # as config.json has it
-        self.writes = False  # a process that has not locked the folder does not
+        self.writes = self.new = False  # a process that has not locked the folder does not write
         self.unwritten = False  # whether that is still to be written, or again
+        self.after_epoch = None  # a function of the history, called when an epoch is saved
         if config is None:
             self.config = self._read_config()
 
     def _read_config(self):
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise ValueError("it holds no settings")
             return config
@@ -133,10 +152,26 @@ class Run:
         return config
 
     @classmethod
-    def create(cls, folder, config):
-        """A new folder, in which the first `save` puts `config` too, so that a training which ends before that leaves
-        nothing in the way of the next. One that already holds a run is refused."""
-        folder = Path(folder)
+    def create(cls, folder, config, choose=False):
+        """A new run, locked. The first `save` puts `config` into its folder too.
+
+        Args:
+            choose: where there is a run in the folder, or another process, take the first of folder-2, folder-3, ... that
+                is free. Else that is a ValueError.
+        """
+        n, candidate = 1, Path(folder)
+        while True:
+            try:
+                return cls._claim(candidate, config)
+            except Taken:
+                if not choose:
+                    raise
+                n += 1
+                candidate = Path(f"{folder}-{n}")
+
+    @classmethod
+    def _claim(cls, folder, config):
+        new = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -144,36 +179,53 @@ class Run:
         run = cls(folder, json.loads(_json(config)))
         run.lock()
         if holds_run(folder):
-            raise ValueError(f"{folder} already holds a run: go on with --resume {run.quoted}, or choose another --out")
-        run.unwritten = True
+            run.close()
+            raise Taken(f"{folder} already holds a run: go on with --resume {run.quoted}, or choose another --out")
+        run.unwritten, run.new = True, new
         return run
 
     def lock(self):
-        """Keeps the folder from other processes until this object or the process is gone; only now it is written."""
-        self.writes = True
+        """Keeps the folder from other processes until `close`, or until this object or the process is gone."""
         file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        weakref.finalize(self, os.close, file)
+        self._unlock = weakref.finalize(self, os.close, file)
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder} is in use: another process trains in it; wait for its end") from None
+            elif msvcrt:
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            self._unlock()
+            raise Taken(f"{self.folder} is in use: another process trains in it; wait for its end") from None
         except OSError:  # a file system without locks
             pass
+        self.writes = True  # only now
 
-    def settings(self, check, given, free=("data_root",)):
+    def close(self):
+        """Lets go of the folder. A new one in which nothing was saved disappears."""
+        if not self.writes:
+            return
+        self._unlock()
+        self.writes = False
+        if self.new and not holds_run(self.folder):
+            with contextlib.suppress(OSError):
+                (self.folder / ".lock").unlink()
+                self.folder.rmdir()
+
+    def settings(self, given, free=("data_root",)):
         """The settings of an existing run, checked as those of the command line are.
 
         Args:
-            check: takes a list of command-line options and returns all settings, or raises a ValueError.
             given: what is asked for now, by name; None is nothing. It may not contradict the settings.
             free: names for which it may, and counts. Data may have moved.
+
+        Raises:
+            ValueError: config.json is damaged or of another version, or `given` contradicts it.
         """
-        path, known = self.folder / "config.json", check([])
+        path = self.folder / "config.json"
         try:
-            if unknown := self.config.keys() - known:
+            if unknown := self.config.keys() - settings(parse([])):
                 raise ValueError(f"there is no setting {min(unknown)!r}")
-            config = check([option(*item) for item in self.config.items()])
+            config = settings(parse([option(*item) for item in self.config.items()]))
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged or of another version: {error}; correct it, or delete it if there is a "
@@ -217,7 +269,7 @@ class Run:
         self.lock()
         name, state = self._newest()
         if name == PREVIOUS:  # or the next save would put the damaged one in its place
-            os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
+            replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
         print(f"{self.folder} goes on at step {state['step']}, after {len(state['history'])} epochs")
         self.best = state["best"]
         self._derive(state, new=self.best)
@@ -285,19 +337,22 @@ class Run:
                 )
         return state
 
-    def finish(self, history, n_classes, broken=None):
+    def finish(self, history, n_classes, broken=None, given_up=False):
         """Writes result.json and says how the run ended.
 
         Args:
             history: a dict for each epoch.
             n_classes: chance is 1 / n_classes.
             broken: the layer that was not finite, if the training ended by that.
+            given_up: the training was cut off, because it was at chance.
         """
         accuracies = [row["test_accuracy"] for row in history]
         seconds = sum(row["seconds"] for row in history)
         result = dict(outcome=outcome(accuracies, n_classes, nonfinite=broken is not None))
         if broken:
             result["first_nonfinite_layer"] = broken
+        if given_up:
+            result["given_up"] = True
         if history:
             best = max(history, key=lambda row: row["test_accuracy"])
             result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"])
@@ -306,7 +361,8 @@ class Run:
         if self.writes:
             write_atomically(self.folder / "result.json", _json(result))
         last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
-        print(f"{result['outcome']}{last}, {seconds:.0f} s of training")
+        cut = f", given up after {len(history)} epochs at chance" if given_up else ""
+        print(f"{result['outcome']}{last}{cut}, {seconds:.0f} s of training")
         print(f"run folder: {self.folder}   its figures: python visualize.py all {self.quoted}")
 
 
@@ -321,24 +377,13 @@ def _sealed(state):
     return buffer.getbuffer()
 
 
-def option(key, value):
-    """A setting as the command-line option that gives it."""
-    name = key.replace("_", "-")
-    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
-
-
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
     try:
         if isinstance(module, torch.optim.Optimizer):  # its settings are the run's; only what was computed is restored
-            parameters = enumerate(p for group in module.param_groups for p in group["params"])
-            values = state["state"]  # empty before the first step
-            tensors = [(values[i]["momentum_buffer"], p) for i, p in parameters if values and p.requires_grad]
+            parameters = dict(enumerate(p for group in module.param_groups for p in group["params"]))
+            values = state["state"]  # none of a parameter that has had no gradient
+            tensors = [(value["momentum_buffer"], parameters[i]) for i, value in values.items()]
             state = module.state_dict() | dict(state=values)
         else:
             tensors = [(state[name], expected) for name, expected in module.state_dict().items() if name in state]
@@ -351,11 +396,6 @@ def restore(module, state, path):
         raise ValueError(f"{path} belongs to another network than its config.json says: {reason}") from None
 
 
-def quoted(path):
-    """A path as part of a command that is to be typed."""
-    return shlex.quote(str(path))
-
-
 def saved(folder):
     """Whether a folder holds a checkpoint."""
     return any((Path(folder) / name).exists() for name in (CHECKPOINT, PREVIOUS))
@@ -366,96 +406,10 @@ def holds_run(folder):
     return saved(folder) or (Path(folder) / "config.json").exists()
 
 
-def free_folder(folder):
-    """`folder` if no run is there yet, else the first of folder-2, folder-3, ... without one."""
-    n, candidate = 1, Path(folder)
-    while holds_run(candidate):
-        n += 1
-        candidate = Path(f"{folder}-{n}")
-    return candidate
-
-
-def run_name(config):
-    """runs/<data>-<arch>-<model>-<what is ablated>-seed<n>."""
-    parts = [config["data"], config["arch"], config["model"]]
-    parts += [f"eps{config['eps']:g}"] if config["eps"] != "adaptive" else []
-    parts += ["noste"] * (not config["ste"]) + ["noscaling"] * (not config["grad_scaling"])
-    parts += ["kaiming"] * (config["init"] == "kaiming") + [f"seed{config['seed']}"]
-    return "runs/" + "-".join(parts)
-
-
-class StopRequest:
-    """While it is open, Ctrl-C and SIGTERM only set `signal`, so that the training can save its state and end.
-
-    with StopRequest() as stop: ... if stop.signal: save and leave
-    """
-
-    def __enter__(self):
-        self.signal = None
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _receive(self, number, _):
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def leave(status):
-    """Ends the program. All is saved by now, so that a second Ctrl-C is no longer heard."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose errors are ValueErrors of one line, as those of a config.json are."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def status(command):
-    """Calls a command line's function and returns its exit status; what the user can mend ends in one line and 2."""
-    try:
-        return command()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
-            raise  # an error of the program
-        rank = os.environ.get("RANK", "0")  # of several processes the first says "error", so that it is said once
-        who = "error" if rank == "0" else f"process {rank}"
-        print(f"{who}: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
-        return 2
-
-
-def number(kind, low, high, name, text):
-    """A number from `low` to `high`, as an argparse type."""
-    try:
-        value = kind(text)
-        if low <= value <= high:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {name}")
-
-
-TINY, HUGE = 1e-30, 1e30  # what float32 can hold, and its square nearly
-count = partial(number, int, 1, 10**6, "a whole number of at least 1 and at most a million")
-positive = partial(number, float, TINY, HUGE, "a positive number")
-non_negative = partial(number, float, 0, HUGE, "a number of at least 0")
-whole = partial(number, int, 0, 2**31 - 1, "a whole number of at least 0 and below 2^31")
-
-
-def epsilon(text):
-    return text if text == "adaptive" else number(float, TINY, HUGE, "a positive number or 'adaptive'", text)
+def reopen(given, folder, free=("data_root",)):
+    """An existing run and its settings; an option given that contradicts them, other than the free ones, is refused."""
+    run = Run(folder)
+    return run, run.settings(given, free)
 
 
 def outcome(accuracies, n_classes, nonfinite=False):

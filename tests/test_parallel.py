@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import train
-from checkpoint import Run
+from support import parallel
+from support.runs import Run
 
 # A narrow VGG-8 and few digits, so that the time goes into starting the processes.
 PROGRAM = """
-import sys, data, model, train
+import sys, model, train
+from support import data
 model.PLANS["vgg8"] = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
 whole = data.load("digits")
 few = data.Dataset(whole.train_x[:96], whole.train_y[:96], whole.test_x[:40], whole.test_y[:40], 10, augment=None)
@@ -86,15 +88,12 @@ def test_a_batch_that_cannot_be_shared(program, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_loss_that_is_not_finite_in_another_process_leaves_the_step_out_here(monkeypatch):
-    model = train.build("vgg8", in_channels=1, plan=[8, "P", 8, "P"], T=2)
-    x, y = torch.rand(8, 1, 32, 32), torch.arange(8)
-    train.initialize(model, x)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-    before = [p.clone() for p in model.parameters()]
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    for another in (1.0, 0.0):
-        monkeypatch.setattr(train.dist, "all_reduce", lambda found, op, another=another: found.clamp_(min=another))
-        train.train_step(model, optimizer, x, y, 0.1)
-        unchanged = [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
-        assert all(unchanged) if another else not any(unchanged)
+def test_the_shares_of_a_batch_and_their_sum(monkeypatch):
+    x = torch.arange(10)
+    assert torch.equal(parallel.share(x), x) and torch.equal(parallel.total(x.clone()), x)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "world", lambda: 3)
+        parts.append(parallel.share(x))
+    assert torch.equal(torch.cat(parts).sort().values, x) and [len(p) for p in parts] == [4, 3, 3]

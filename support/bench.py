@@ -1,16 +1,15 @@
-"""Speed and memory: `python bench.py` measures what the E-I circuit costs, side by side in one process.
+"""Speed and memory: `python -m support.bench` measures what the circuit costs, side by side in one process. A reader of
+the paper may skip this file.
 
-    literal       every equation of the paper by itself: two convolutions, two 1x1 products, the first layer computed T
-                  times, LIF as a loop that autograd differentiates; the usual layout and memory management. Below, and
-                  what the tests compare with
-    fast          what `train.py` uses, with the same parameters
-    bn            BN-SNN, the same network with batch normalization
-    dann          DANN, which has no time (T = 1)
+    plain         the plain equations of `lif.py` and `inhibition.py`, in PyTorch's usual layout and memory management
+    fast          what `train.py` uses: the fused forms of `fast.py`, with the same parameters
+    bn            BN-SNN, the same network with batch normalization, accelerated too
+    dann          DANN, which has no time (T = 1), accelerated too
     spikingjelly  `fast` with the LIF neurons of spikingjelly, where that is installed
 
-One round measures each form once, forward (as in testing) and as a training step (`train.train_step`), and the rates of
-a matrix product and of a memory copy. Rounds follow one another until the time is up; a ratio is the median of the
-rounds' ratios, so that what disturbs the machine for a while disturbs both sides. Other options: `--help`.
+One round measures each form once, forward (as in testing) and as a training step, and the rates of a matrix product and
+of a memory copy. Rounds follow one another until the time is up; a ratio is the median of the rounds' ratios, so that
+what disturbs the machine for a while disturbs both sides. Other options: `--help`.
 """
 
 import copy
@@ -26,73 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import Parser, count, positive, status
 from ei_init import initialize
-from inhibition import EICircuit, EICircuit2d
-from lif import ALPHA, LIF
-from model import ARCHS, AvgPool, Layer, build, hooked, keep_memory
-from train import MOMENTUM, pick_device, train_step
+from inhibition import EICircuit, clamp_dale
+from model import ARCHS, Layer, build
+from support.console import status
+from support.fast import accelerate, keep_memory
+from support.measure import hooked
+from support.parallel import pick_device
+from support.recipes import MOMENTUM, Parser, count, positive
 
 N_CLASSES, IMAGE = 10, (3, 32, 32)
-
-
-class Spike(torch.autograd.Function):
-    """A step; backward, the slope of the logistic function."""
-
-    @staticmethod
-    def forward(ctx, v):
-        ctx.save_for_backward(v)
-        return (v >= 0).to(v.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sigma = torch.sigmoid(ALPHA * ctx.saved_tensors[0])
-        return grad * ALPHA * sigma * (1 - sigma)
-
-
-class LiteralLIF(LIF):
-    def forward(self, current):
-        u = s = torch.zeros_like(current[0])
-        spikes = []
-        for i in current:
-            u = (1 - 1 / self.tau) * (u - self.threshold * s.detach()) + i
-            s = Spike.apply(u - self.threshold)
-            spikes.append(s)
-        return torch.stack(spikes)
-
-
-class LiteralCircuit(EICircuit):
-    def forward(self, x):
-        w_ei = self.w_ei
-        if self.grad_scaling:
-            w_ei = self.w_ei / self.fan_in + (self.w_ei * (1 - 1 / self.fan_in)).detach()
-        i_ee = self._synapses(x, self.w_ee)
-        i_ie = self._synapses(x, self.w_ie)
-        i_sub = self._local(i_ie, w_ei)
-        if self.readout:
-            return i_ee - i_sub
-        g_i, g_e, b_e = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.g_i, self.g_e, self.b_e))
-        i_div = self._local(g_i * i_ie, w_ei)
-        positive = i_div > 0
-        lent = torch.where(positive, i_div, torch.inf).amin(tuple(range(1, i_div.dim())), keepdim=True)
-        i_div = i_div + (torch.where(positive, i_div, lent) - i_div).detach()
-        return g_e * (i_ee - i_sub) / i_div + b_e
-
-
-class LiteralCircuit2d(LiteralCircuit, EICircuit2d):
-    def _synapses(self, x, w):
-        return F.conv2d(x, w, stride=self.stride, padding=self.padding)
-
-
-class LiteralLayer(Layer):
-    def forward(self, x, T, static=False):
-        x = x.contiguous()  # PyTorch's default layout
-        return super().forward(x.repeat(T, 1, 1, 1) if static else x, T)
-
-
-class LiteralPool(AvgPool):
-    def forward(self, x):
-        return F.avg_pool2d(x, 2)
 
 
 class SpikingJelly(nn.Module):
@@ -103,7 +45,7 @@ class SpikingJelly(nn.Module):
         from spikingjelly.activation_based import neuron, surrogate
 
         options = dict(tau=2.0, decay_input=False, v_threshold=1.0, v_reset=None, detach_reset=True, step_mode="m")
-        self.node = neuron.LIFNode(surrogate_function=surrogate.Sigmoid(alpha=ALPHA), **options)
+        self.node = neuron.LIFNode(surrogate_function=surrogate.Sigmoid(alpha=4.0), **options)
         if device.type == "cuda" and "cupy" in sys.modules:
             self.node.backend = "cupy"
 
@@ -112,37 +54,24 @@ class SpikingJelly(nn.Module):
         return self.node(current)
 
 
-def literal(model):
-    """A copy of an E-I network that computes the same, literally; parameters and state_dict have the same names."""
-    model = copy.deepcopy(model)
-    forms = {
-        EICircuit: LiteralCircuit,
-        EICircuit2d: LiteralCircuit2d,
-        Layer: LiteralLayer,
-        LIF: LiteralLIF,
-        AvgPool: LiteralPool,
-    }
-    for module in model.modules():
-        module.__class__ = forms.get(type(module), type(module))
-    return model
-
-
 def networks(arch, batch, T):
     """The forms by name. The E-I ones start from the same E-I Init on this batch."""
     options = dict(n_classes=N_CLASSES, T=T)
-    fast = build(arch, **options).to(batch.device)
-    initialize(fast, batch)
-    forms = dict(literal=literal(fast), fast=fast, bn=build(arch, kind="bn", **options))
-    forms["dann"] = build(arch, kind="dann", **options | dict(T=1))
+    plain = build(arch, **options).to(batch.device)
+    initialize(plain, batch)
+    forms = dict(plain=plain, fast=copy.deepcopy(plain), bn=build(arch, kind="bn", **options).to(batch.device))
+    forms["dann"] = build(arch, kind="dann", **options | dict(T=1)).to(batch.device)
+    for name in ("fast", "bn", "dann"):
+        accelerate(forms[name], batch)
     try:
-        theirs = copy.deepcopy(fast)
+        theirs = copy.deepcopy(forms["fast"])
         for layer in theirs.modules():
             if isinstance(layer, Layer):
                 layer.neuron = SpikingJelly(batch.device)
         forms["spikingjelly"] = theirs
     except ImportError:
         pass
-    return {name: model.to(batch.device) for name, model in forms.items()}
+    return forms
 
 
 class Contender:
@@ -154,7 +83,11 @@ class Contender:
         self.optimizer = torch.optim.SGD(model.parameters(), **options)
 
     def train(self):
-        train_step(self.model.train(), self.optimizer, self.x, self.y, 1e-3)
+        loss = F.cross_entropy(self.model.train()(self.x), self.y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        clamp_dale(self.model)
 
     @torch.no_grad()
     def forward(self):
@@ -267,7 +200,7 @@ def measure(args, device):
     longest, now = 0, time.perf_counter()
     while not longest or now + longest < start + args.seconds:
         for name, contender in contenders.items():
-            keep_memory(name != "literal")
+            keep_memory(name != "plain")
             for kind in ("forward", "train"):
                 result["forms"][name][f"{kind}_s"].append(seconds(getattr(contender, kind), device))
         result["product_rate"].append(rates.product())
@@ -280,7 +213,7 @@ def measure(args, device):
     result["bound_s"] = max(compute, memory)
     result["fraction_of_bound"] = result["bound_s"] / min(result["forms"]["fast"]["train_s"])
     for kind in ("forward", "train"):
-        for rival in ("literal", "bn"):
+        for rival in ("plain", "bn"):
             times = [result["forms"][name][f"{kind}_s"] for name in ("fast", rival)]
             result[f"{kind}_fast_to_{rival}"] = median(a / b for a, b in zip(*times, strict=True))
     if hasattr(os, "getloadavg"):
@@ -302,10 +235,10 @@ def show(result):
         cells = [f"{median(t):.4g} ({min(t):.4g} to {max(t):.4g})" for t in (train, forward)]
         peak = f"{form['peak_bytes'] / 2**20:.0f} MiB" if form["peak_bytes"] else "?"
         print(f"{name:14}{cells[0]:>26}{1e3 * size / median(train):>10.1f}{cells[1]:>26}{peak:>14}")
-    fast, plain = (forms[name]["peak_bytes"] for name in ("fast", "literal"))
+    fast, plain = (forms[name]["peak_bytes"] for name in ("fast", "plain"))
     print(
-        f"\nfast against literal: training {1 / result['train_fast_to_literal']:.2f} times as fast,"
-        f" forward {1 / result['forward_fast_to_literal']:.2f} times"
+        f"\nfast against plain: training {1 / result['train_fast_to_plain']:.2f} times as fast,"
+        f" forward {1 / result['forward_fast_to_plain']:.2f} times"
         + (f", {fast / plain:.2f} of the memory" if fast else "")
     )
     products, padded = result["unpadded_training_products"], result["training_products"]
@@ -326,6 +259,7 @@ def profile(args, device):
     y = torch.zeros(args.batch_size, dtype=torch.long, device=device)
     model = build(args.arch, n_classes=N_CLASSES, T=args.T).to(device)
     initialize(model, x)
+    accelerate(model, x)
     contender = Contender(model, x, y)
     contender.train()
     with torch.profiler.profile() as p:
@@ -356,10 +290,7 @@ def sweeps(args):
 
 def scaling(args, device):
     """Training steps of `fast` over T, batch size and depth: a picture with a straight line through each sweep."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,6 +301,7 @@ def scaling(args, device):
             x, y = torch.rand(size, *IMAGE, device=device), torch.randint(N_CLASSES, (size,)).to(device)
             model = build(n_classes=N_CLASSES, **options).to(device)
             initialize(model, x)
+            accelerate(model, x)
             contenders.append((value, Contender(model, x, y)))
         times = {value: [] for value, _ in contenders}
         for i in range(6):
@@ -380,7 +312,8 @@ def scaling(args, device):
         rows += [(name, value, median(t), min(t), max(t)) for value, t in times.items()]
     with open(folder / "scaling.csv", "w", newline="") as file:
         csv.writer(file).writerows([("sweep", "value", "median_ms", "min_ms", "max_ms"), *rows])
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, name in zip(axes, sweeps(args), strict=True):
         x, t, low, high = (torch.tensor([row[i] for row in rows if row[0] == name]).double() for i in (1, 2, 3, 4))
         design = torch.stack([torch.ones_like(x), x], 1)
@@ -393,12 +326,13 @@ def scaling(args, device):
         print(f"{name:14} {offset:8.1f} ms + {slope:8.2f} ms each   R^2 = {r2:.4f}")
     for kind in ("png", "pdf"):
         figure.savefig(folder / f"scaling.{kind}", dpi=150)
-    plt.close(figure)
     print(f"{folder / 'scaling.png'}, scaling.pdf, scaling.csv")
 
 
 def parse(argv=None):
-    p = Parser(description="Measure speed and memory of the E-I circuit and its rivals.", allow_abbrev=False)
+    p = Parser(
+        prog="bench", description="Measure speed and memory of the E-I circuit and its rivals.", allow_abbrev=False
+    )
     p.add_argument("--arch", choices=ARCHS, default="vgg8", help="network (vgg8)")
     p.add_argument("--batch-size", type=count, default=64, help="64")
     p.add_argument("--T", type=count, default=4, help="time steps (4)")

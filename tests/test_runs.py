@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import Run, StopRequest, free_folder, misfit, outcome, restore, run_name
+from support import runs
+from support.progress import StopRequest
+from support.recipes import run_name
+from support.runs import Run, misfit, outcome, restore
 
 ROW = dict(epoch=1, test_accuracy=0.5, seconds=2.5)
 STATE = dict(
@@ -25,7 +27,7 @@ def names(folder):
 
 def forge(path, state):
     """A file with a right checksum, whatever is in it."""
-    path.write_bytes(checkpoint._sealed(state))
+    path.write_bytes(runs._sealed(state))
 
 
 def test_a_run_folder_round_trip(tmp_path):
@@ -57,21 +59,83 @@ def test_the_best_epoch_is_kept(tmp_path):
     assert best["accuracy"] == 0.7 and run.load()["model"]["weight"].item() == 4
 
 
+def chosen(folder):
+    run = Run.create(folder, {}, choose=True)
+    run.close()
+    return run.folder
+
+
 def test_an_existing_run_is_never_overwritten(tmp_path):
     run = Run.create(tmp_path / "r", dict(arch="vgg11"))
-    del run
-    assert free_folder(tmp_path / "r") == tmp_path / "r"  # nothing was saved, so nothing is lost
+    run.close()
+    assert not (tmp_path / "r").exists()  # nothing was saved, so nothing is lost
+    assert chosen(tmp_path / "r") == tmp_path / "r"
     Run.create(tmp_path / "r", {}).save(STATE)
     with pytest.raises(ValueError, match="already holds a run"):
         Run.create(tmp_path / "r", {})
-    assert free_folder(tmp_path / "r") == tmp_path / "r-2"
+    assert chosen(tmp_path / "r") == tmp_path / "r-2" and not (tmp_path / "r-2").exists()
     (tmp_path / "r-2").mkdir()
     (tmp_path / "r-2" / "config.json").touch()
-    assert free_folder(tmp_path / "r") == tmp_path / "r-3"
+    assert chosen(tmp_path / "r") == tmp_path / "r-3"
     (tmp_path / "r-3").mkdir()
     (tmp_path / "r-3" / "checkpoint.prev.pt").touch()  # the rest of one is not written over either
     with pytest.raises(ValueError, match="already holds a run"):
         Run.create(tmp_path / "r-3", {})
+    assert chosen(tmp_path / "r") == tmp_path / "r-4"
+
+
+def test_two_trainings_that_start_at_once_take_two_folders(tmp_path):
+    first = Run.create(tmp_path / "r", {}, choose=True)
+    second = Run.create(tmp_path / "r", {}, choose=True)  # nothing is saved in the first one yet
+    assert [first.folder.name, second.folder.name] == ["r", "r-2"]
+    first.save(STATE)
+    second.close()
+    assert names(tmp_path) == ["r"]
+    with pytest.raises(ValueError, match="in use"):
+        Run(tmp_path / "r").resume()
+    first.close()  # also while the object is still there
+    assert Run(tmp_path / "r").resume()["step"] == 3
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+def test_a_file_that_a_scanner_holds_for_a_moment(times, tmp_path, monkeypatch):
+    run, original, calls = Run.create(tmp_path / "r", {}), os.replace, []
+
+    def held(source, target):
+        calls.append(target)
+        if len(calls) <= times:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    if times > 100:
+        with pytest.raises(OSError, match="cannot write"):
+            run.save(STATE)
+        return
+    run.save(STATE)
+    assert Run(tmp_path / "r").load()["step"] == 3
+
+
+def test_without_fcntl_the_lock_is_windows_own(tmp_path, monkeypatch):
+    held = []
+
+    class Msvcrt:
+        LK_NBLCK = 2
+
+        @staticmethod
+        def locking(file, mode, size):
+            if os.fstat(file).st_ino in held:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            held.append(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(runs, "msvcrt", Msvcrt)
+    first, second = (Run.create(tmp_path / "r", {}, choose=True) for _ in range(2))
+    assert (first.folder.name, second.folder.name) == ("r", "r-2")
+    monkeypatch.setattr(runs, "msvcrt", None)  # neither: nothing is locked, and it works all the same
+    first.close()
+    Run.create(tmp_path / "s", {}).save(STATE)
+    assert Run(tmp_path / "s").resume()["step"] == 3
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -309,6 +373,9 @@ def test_run_name_says_what_is_ablated():
     config = dict(
         data="digits", arch="vgg8", model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei", seed=0
     )
-    assert run_name(config) == "runs/digits-vgg8-ei-seed0"
+    config |= dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
+    assert run_name(config) == "digits-vgg8-ei-seed0"
     config |= dict(eps=1e-6, ste=False, grad_scaling=False, init="kaiming")
-    assert run_name(config) == "runs/digits-vgg8-ei-eps1e-06-noste-noscaling-kaiming-seed0"
+    assert run_name(config) == "digits-vgg8-ei-eps1e-06-noste-noscaling-kaiming-seed0"
+    config |= dict(ei_ratio=8, tau=3.0, width=0.5, eps="adaptive", ste=True, grad_scaling=True, init="ei")
+    assert run_name(config) == "digits-vgg8-ei-width0.5-eiratio8-tau3-seed0"

@@ -1,0 +1,316 @@
+"""Datasets, decoded once and held as integer tensors on the training device. A reader of the paper may skip this file.
+
+The circuit needs non-negative input, so nothing is standardized: images go into the network as pixel intensities in
+[0, 1], recordings of event cameras as T frames of event counts (`events.py`).
+
+To add a dataset, write a function like `digits` and give it a line in `LOADERS`.
+"""
+
+import hashlib
+import os
+import socket
+import warnings
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from support.augment import augment, augment_cifar10_dvs, augment_gesture
+from support.events import EVENT_DATA, parts, recordings
+
+
+@dataclass
+class Dataset:
+    """Images (N, C, S, S) or frames (N, T, C, S, S) and labels (N,) int64 of a training and a test set, on one device.
+
+    Images are uint8. Frames are whole numbers of fractions of an event (see `to_input`): uint8 if all of them fit, else
+    int16 or int32 (uint16 has few operations in torch). So one tensor holds CIFAR10-DVS in 0.9 GB, half of float32.
+
+    Raises:
+        ValueError: images or frames that are not whole numbers of at least 0, as standardized images are, or labels
+            that are not those of the classes.
+    """
+
+    train_x: torch.Tensor
+    train_y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+    n_classes: int
+    augment: Callable | None = None  # of a batch in training: (float batch, generator) -> batch
+
+    def __post_init__(self):
+        for split, x, y in (("training", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
+            if x.is_floating_point() or x.dtype == torch.bool or (x.dtype != torch.uint8 and x.min() < 0):
+                raise ValueError(
+                    f"the {split} images are {x.dtype} from {x.min().item():.3g} to {x.max().item():.3g}; the circuit "
+                    "needs non-negative input, so give them as whole numbers from 0 to 255 (uint8), not standardized"
+                )
+            if len(x) != len(y):
+                raise ValueError(f"there are {len(x)} {split} images, but {len(y)} labels")
+            if len(y) and not (y.min() >= 0 and y.max() < self.n_classes):
+                raise ValueError(
+                    f"the {split} labels go from {y.min()} to {y.max()}, but there are {self.n_classes} classes, from 0"
+                )
+
+    @property
+    def in_channels(self):
+        return self.train_x.shape[-3]
+
+
+def load(name, root="./data", image_size=32, device="cpu", T=16):
+    """A dataset by name, decoded and on the device.
+
+    Args:
+        name: "digits" (scikit-learn's 1,797 handwritten digits, offline), "cifar10", "cifar100" (torchvision;
+            downloaded to `root` on first use), "tinyimagenet" (as distributed, `root` or `root`/tiny-imagenet-200),
+            "folder" (`root`/train/<class>/*, `root`/test/<class>/* or val/...), "cifar10-dvs" and "dvs-gesture" (event
+            cameras, read through tonic from `root`/CIFAR10DVS and `root`/DVSGesture).
+        root: where the data are.
+        image_size: side in pixels to which images or frames are brought.
+        device: where the tensors go.
+        T: frames of an event recording; for images without meaning.
+
+    Raises:
+        ValueError, OSError: the data are missing, or not what they should be; names the folder or the file.
+    """
+    if name not in LOADERS:
+        raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
+    *splits, n_classes, of_batch = LOADERS[name](Path(root), image_size, T)
+    return Dataset(*(tensor.to(device) for tensor in splits), n_classes, of_batch)
+
+
+def describe(dataset):
+    """How many samples of which shape there are, in words."""
+    size = "x".join(map(str, dataset.train_x.shape[1:]))
+    return f"{len(dataset.train_y):,} training, {len(dataset.test_y):,} test samples of {size}"
+
+
+def to_input(x):
+    """What a dataset holds -> float32 that a network receives, of the same shape.
+
+    Images (N, C, S, S): intensities in [0, 1]. Frames (N, T, C, S, S): numbers of events, >= 0, fractions among them
+    (see `events.area_weights`).
+    """
+    return x.float().div_(255 if x.dim() < 5 else parts(x.shape[-1]) ** 2)
+
+
+def _resized(x, size):
+    """Float images (N, C, H, W) -> (N, C, size, size)."""
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True) if x.shape[-2:] != (size, size) else x
+
+
+def digits(root, size, T):
+    """Scikit-learn's digits, 8x8 pixels of 17 grey levels, enlarged; a fifth of each class is the test set.
+
+    Each loader takes the folder of the data, the images' side in pixels and the number of time steps.
+
+    Returns:
+        Training images (N, C, size, size) uint8, their labels (N,) int64, test images, test labels, the number of
+        classes, and the augmentation of a training batch (None: none).
+    """
+    found = load_digits()
+    x = _resized(torch.from_numpy(found.images).float()[:, None] / 16, size).mul(255).round().clamp(0, 255).byte()
+    y = torch.from_numpy(found.target).long()
+    train, test = train_test_split(range(len(y)), test_size=0.2, stratify=found.target, random_state=0)
+    return x[train], y[train], x[test], y[test], 10, None
+
+
+def cifar(name, root, size, T):
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    socket.setdefaulttimeout(10)  # or a dead connection would keep the reader waiting
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        sets = [kind(str(root), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError) as error:
+        raise OSError(
+            f"{name} is not in {root} and cannot be downloaded ({error}): put the official {kind.filename} there, "
+            "or use --data folder --data-root DIR with train/<class>/ and test/<class>/ images (or --data digits)"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(None)
+    splits = []
+    for part in sets:
+        x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        if size != 32:
+            x = torch.cat([_resized(chunk.float(), size).round().clamp(0, 255).byte() for chunk in x.split(1000)])
+        splits += [x, torch.tensor(part.targets)]
+    return *splits, 10 if name == "cifar10" else 100, augment
+
+
+def image_files(listing, root, size, T):
+    """Images in files, of which `listing` tells the names and the labels."""
+    train, train_y, test, test_y, n_classes = listing(root)
+    x = _cached(root, train + test, (3, size, size), partial(_decode, size=size))
+    return x[: len(train)], train_y, x[len(train) :], test_y, n_classes, augment
+
+
+def events(name, root, size, T):
+    """DVS-Gesture has an official split. Of CIFAR10-DVS a tenth of each class is the test set, drawn once for all."""
+    folder, files, y, decode, n_train, n_classes = recordings(name, root, size, T)
+    x = _cached(folder, files, (T, 2, size, size), decode)
+    train, test = list(range(n_train)), list(range(n_train, len(y)))
+    if not test:
+        train, test = train_test_split(train, test_size=0.1, stratify=y, random_state=0)
+    of_batch = augment_cifar10_dvs if name == "cifar10-dvs" else augment_gesture
+    return x[train], y[train], x[test], y[test], n_classes, of_batch
+
+
+def _folder(root):
+    """Files and labels for training, the same for testing, number of classes."""
+    test = root / ("test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val")
+    (train_files, train_y, classes), (test_files, test_y, test_classes) = _listing(root / "train"), _listing(test)
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))[0]
+        raise ValueError(f"{root}: the class {odd!r} is not in both train and {test.name}")
+    return train_files, train_y, test_files, test_y, len(classes)
+
+
+def _tinyimagenet(root):
+    """train/<wnid>/images/*, val/images/* and val/val_annotations.txt -> the same; classes are the sorted wnids."""
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        raise ValueError(
+            f"no TinyImageNet in {root} (there is no {annotations}): unpack tiny-imagenet-200.zip, from "
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip, there"
+        )
+    train_files, train_y, classes = _listing(root / "train", "images")
+    test_files, test_y = [], []
+    for line in annotations.read_text().splitlines():  # val_0.JPEG, wnid, and a bounding box, between tabs
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in classes or not (annotations.parent / "images" / name).is_file():
+            raise ValueError(f"{annotations} says {line!r}, but there is no val/images/{name} or no class {wnid!r}")
+        test_files.append(annotations.parent / "images" / name)
+        test_y.append(classes.index(wnid))
+    if not test_y:
+        raise ValueError(f"{annotations} names no image")
+    return train_files, train_y, test_files, torch.tensor(test_y), len(classes)
+
+
+def _cached(root, files, shape, decode):
+    """decode(file) -> (*shape) of each file, stacked, in the widest type among them.
+
+    Decoding many files takes minutes, so it is done once: kept in `root`, under a key that changes with any file and
+    the shape.
+    """
+    stamp = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
+    key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
+    cache = root / f".decoded-{'x'.join(map(str, shape))}-{key}.pt"
+    x = _read_cache(cache, (len(files), *shape))
+    if x is not None:
+        return x
+    print(f"decoding {len(files):,} files of {root} ...", flush=True)
+    x = torch.empty(len(files), *shape, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, sample in enumerate(pool.map(decode, files)):
+            x = x.to(torch.promote_types(x.dtype, sample.dtype))
+            x[i] = sample
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        torch.save(x, temporary)
+        temporary.replace(cache)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        print(f"what was decoded cannot be cached in {root} ({str(error).splitlines()[0]}): going on without")
+    return x
+
+
+def _listing(folder, inner=""):
+    """Image files, labels and class names of a folder of class folders, in alphabetical order.
+
+    The images of a class are in its folder, or in the folder `inner` of that.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: images are read from train/<class>/ and test/<class>/ or val/<class>/")
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} has no class folders in it")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        of_class = sorted(f for f in (folder / name / inner).rglob("*") if f.is_file() and not f.name.startswith("."))
+        if not of_class:
+            raise ValueError(f"the class folder {folder / name / inner} has no image in it")
+        files += of_class
+        labels += [label] * len(of_class)
+    return files, torch.tensor(labels), classes
+
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error, below
+
+
+def _decode(file, size):
+    """An image file, of an animated one the first image, -> (3, size, size) uint8."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"it says that it has {image.width} x {image.height} pixels, which is too large")
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+            if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:  # a decoder fails on a foreign file in many ways; all of them mean the same
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+
+def _read_cache(cache, shape):
+    try:
+        with zipfile.ZipFile(cache) as archive:
+            intact = archive.testzip() is None
+        x = torch.load(cache, weights_only=True) if intact else None
+    except Exception:  # absent or damaged: decode again
+        return None
+    return x if isinstance(x, torch.Tensor) and x.shape == shape and not x.is_floating_point() else None
+
+
+def fingerprint(dataset):
+    """A checksum of the training images and labels, also of their order."""
+    y, parts = dataset.train_y, dataset.train_x.split(1000)  # at 8 bytes a pixel, all at once would take much memory
+    sums = torch.cat([x.flatten(1).sum(1, dtype=torch.int64) for x in parts])
+    return ((sums + y) * torch.arange(1, len(y) + 1, device=y.device)).sum().item()
+
+
+def epoch_order(config, dataset, epoch):
+    """The batches of an epoch, indices of samples, the incomplete last one left out: (batches, batch size)."""
+    n, size = len(dataset.train_y), config["batch_size"]
+    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=generator)[: n // size * size]
+    return order.view(-1, size).to(dataset.train_y.device)
+
+
+def training_batch(config, dataset, indices, step):
+    """Input and labels of a step. The augmentation depends on seed and step alone, so a resumed run repeats it."""
+    x = to_input(dataset.train_x[indices])
+    if dataset.augment:
+        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] * 1_000_003 + step) % 2**32))
+    return x, dataset.train_y[indices]
+
+
+def sample(dataset, T, n=256):
+    """Some test samples (at most n, fewer if T is large), evenly spaced over the set, as input, and their labels."""
+    step = -(-len(dataset.test_x) // max(1, min(n, 1000 // T)))
+    return to_input(dataset.test_x[::step]), dataset.test_y[::step]
+
+
+LOADERS = {
+    "digits": digits,
+    "cifar10": partial(cifar, "cifar10"),
+    "cifar100": partial(cifar, "cifar100"),
+    "tinyimagenet": partial(image_files, _tinyimagenet),
+    "folder": partial(image_files, _folder),
+    **{name: partial(events, name) for name in EVENT_DATA},
+}

@@ -1,0 +1,95 @@
+"""Recordings of event cameras (CIFAR10-DVS, DVS-Gesture) as frames. A reader of the paper may skip this file.
+
+What an event camera saw becomes T frames of event counts: one frame a time step, one channel a polarity.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+EVENT_DATA = ["cifar10-dvs", "dvs-gesture"]
+SENSOR = 128  # both event cameras are 128 x 128 pixels
+
+
+def recordings(name, root, size, T):
+    """What there is of a dataset of recordings, and how each becomes T frames of the same number of events.
+
+    A recording of n events gives n // T to each frame, in order of time, and the last n % T are left out (tonic's
+    ToFrame with n_event_bins).
+
+    Returns:
+        folder: where the recordings are.
+        files: their paths.
+        y: their labels, (N,).
+        decode: a function, file -> frames (T, 2, S, S), whole numbers of fractions of an event (see `area_weights`).
+        n_train: the first so many are the training set; if these are all, there is no official split.
+        n_classes.
+
+    Raises:
+        ValueError: tonic is not installed, there are no recordings, or a file is not one.
+    """
+    try:
+        import aedat  # noqa: F401  tonic reads CIFAR10-DVS through it
+        import tonic
+    except ImportError as error:
+        raise ValueError(f"--data {name} needs tonic ({error}): pip install -r requirements-events.txt") from None
+    kind = tonic.datasets.DVSGesture if name == "dvs-gesture" else tonic.datasets.CIFAR10DVS
+    splits = [dict(train=True), dict(train=False)] if name == "dvs-gesture" else [{}]
+    folder = root / kind.__name__
+    to_frames = tonic.transforms.ToFrame((SENSOR, SENSOR, 2), n_event_bins=T)
+    # Unless its archives lie beside what was unpacked from them, tonic starts a long download: read what is there.
+    local = type(kind.__name__, (kind,), {"_check_exists": lambda self: True})
+    try:
+        sets = [local(str(root), **split) for split in splits]
+    except (ValueError, KeyError) as error:  # folders and files are named by user, light and class
+        raise ValueError(f"{folder} has something in it that is not of {kind.__name__}: {error}") from None
+    if not all(map(len, sets)):
+        calls = "; ".join(f"{kind.__name__}({str(root)!r}{', train=False' * i})" for i in range(len(sets)))
+        raise ValueError(
+            f"no recordings of {name} in {folder}: let tonic download and unpack them, with "
+            f'python -c "from tonic.datasets import {kind.__name__}; {calls}"'
+        )
+    found = {part.data[i]: (part, i) for part in sets for i in sorted(range(len(part)), key=part.data.__getitem__)}
+    files, y = list(found), torch.tensor([part.targets[i] for part, i in found.values()])
+    if y.max() >= len(kind.classes):
+        raise ValueError(f"{files[y.argmax()]} is of class {y.max()}, but {name} has {len(kind.classes)}, from 0")
+    weights = area_weights(size)
+
+    def decode(file):
+        part, i = found[file]
+        try:
+            events = part[i][0]
+            if len(events) < T:
+                raise ValueError(f"{len(events)} events cannot make T={T} frames")
+            frames = to_frames(events).view(np.uint16).astype(float)  # counted as int16, a very busy pixel wraps round
+        except BaseException as error:  # a foreign file fails in many ways, one of them a panic of the AEDAT4 decoder
+            raise ValueError(f"{file} cannot be read as a recording of {name}: {error}") from None
+        return _narrow(torch.from_numpy(weights @ frames @ weights.T))
+
+    return folder, files, y, decode, len(sets[0]), len(kind.classes)
+
+
+def parts(size):
+    """In how many parts a sensor's pixel is cut along a side, so that each of `size` cells is made of whole parts."""
+    return size // math.gcd(size, SENSOR)
+
+
+def area_weights(size):
+    """(size, SENSOR): how many parts of each row of pixels lie in each row of cells, `weights @ frame @ weights.T`.
+
+    An event is shared out among the cells that its pixel overlaps, by area, so nothing is lost and no cell is favoured:
+    at 48 x 48 a cell is 2 2/3 pixels wide. What is stored are whole numbers, of events cut in `parts(size)`^2: ninths
+    at 48, sums of 2 x 2 pixels at 64.
+    """
+    n = parts(size)
+    pixel_of_part = np.arange(SENSOR * n) // n
+    cell_of_part = np.arange(SENSOR * n) // (SENSOR * n // size)
+    weights = np.zeros((size, SENSOR))
+    np.add.at(weights, (cell_of_part, pixel_of_part), 1)
+    return weights
+
+
+def _narrow(x):
+    """Whole numbers >= 0 in the smallest type of uint8, int16 and int32 that holds them."""
+    return x.to(next(t for t in (torch.uint8, torch.int16, torch.int32) if x.max() <= torch.iinfo(t).max))

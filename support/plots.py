@@ -1,0 +1,226 @@
+"""How figures look and how they are saved. A reader of the paper may skip this file.
+
+A figure is a `matplotlib.figure.Figure` of its own, without pyplot. So nothing here changes the plots of a notebook
+that imports `visualize.py`.
+"""
+
+import csv
+import itertools
+
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from sklearn.decomposition import PCA
+
+from support.measure import BINS
+
+EXC, INH, GREY = "#D55E00", "#0072B2", "#777777"  # excitation, inhibition (palette of Okabe and Ito, also below)
+STYLES = [  # told apart by dash and marker, also without colours
+    dict(color="#000000", marker="o", ls="-"),
+    dict(color="#009E73", marker="s", ls="--"),
+    dict(color="#CC79A7", marker="^", ls="-."),
+    dict(color="#56B4E9", marker="D", ls=":"),
+    dict(color="#E69F00", marker="v", ls=(0, (4, 1, 1, 1, 1, 1))),
+    dict(color="#999999", marker="x", ls=(0, (1, 2))),
+]
+STYLE = {  # settings of matplotlib while a figure is drawn
+    "font.size": 8,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+PAGE = 6.8  # inches, the width of a page
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_csv(path, rows):
+    """Writes dicts with the same keys as lines of a CSV file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if rows:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def save(figure, name, rows, out):
+    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv."""
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{name}.png", dpi=200)
+    figure.savefig(out / f"{name}.pdf", metadata=dict(CreationDate=None))  # no date: the same picture is the same file
+    write_csv(out / f"{name}.csv", rows)
+
+
+def long_rows(name, values, **axes):
+    """An array as rows of a CSV file: a dict for each element, with its place along each axis, and its value as `name`.
+
+    axes: for each axis of the array, its name and the labels along it.
+    """
+    places = itertools.product(*axes.values())
+    elements = np.asarray(values).flatten().tolist()
+    return [{**dict(zip(axes, place, strict=True)), name: v} for place, v in zip(places, elements, strict=True)]
+
+
+# ---- axes ------------------------------------------------------------------------------------------------------------
+
+
+def panels(height, rows=1, columns=1, width=PAGE, **options):
+    """A figure and its axes, (rows, columns). Sizes are in inches."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def by_layer(axis, n):
+    axis.set_xlabel("layer")
+    axis.set_xticks(range(1, n + 1) if n <= 8 else range(1, n + 1, 3))
+
+
+def by_epoch(axis):
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def by_decades(axis):
+    """A logarithmic y axis over whole decades, so that at least two of them have a label."""
+    axis.set_yscale("log")
+    low, high = np.log10(axis.get_ylim())
+    axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_outside(figure, axis, place="upper center"):
+    """The legend of one axis in one line, outside of all axes."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc=f"outside {place}", ncols=len(labels))
+
+
+def shown_layers(n):
+    """Which of n layers, from 0, a figure has room for: at most five, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, 5))})
+
+
+# ---- distributions of I_int and u ------------------------------------------------------------------------------------
+
+EDGES = np.linspace(BINS["low"], BINS["high"], BINS["n"] + 1)
+CENTRES = np.linspace(BINS["low"], BINS["high"], 2 * BINS["n"] + 1)[1::2]
+QUANTITIES = dict(i_int="$I_{int}$", u="$u$")
+
+
+def density(counts):
+    """Counts -> probability density, along the last axis."""
+    return counts / np.maximum(counts.sum(-1, keepdims=True), 1) / (EDGES[1] - EDGES[0])
+
+
+def distribution_axes(figure, shown, threshold):
+    """Axes for densities of I_int (above) and u (below) in the layers `shown`: (2, layers). Dashed: the threshold."""
+    axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
+    for name, of_row in zip(QUANTITIES.values(), axes, strict=True):
+        of_row[0].set_ylabel("density")
+        for axis in of_row:
+            axis.axvline(threshold, color=GREY, ls="--", lw=0.8)
+            axis.set(yscale="log", ylim=(1e-3, 10), xlabel=name)
+    for i, axis in zip(shown, axes[0], strict=True):
+        axis.set_title(f"layer {i + 1}")
+    return axes
+
+
+def by_epoch_maps(densities, threshold):
+    """Densities of I_int and u, (epochs, layers, 2, bins), as grey maps with the epochs along x: a figure."""
+    shown = shown_layers(densities.shape[1])
+    figure, axes = panels(3.2, 2, len(shown), sharey=True, sharex=True)
+    looks = dict(origin="lower", aspect="auto", cmap="Greys", vmin=-3, vmax=0.5, interpolation="nearest")
+    looks["extent"] = (-0.5, len(densities) - 0.5, BINS["low"], BINS["high"])
+    for row, name in enumerate(QUANTITIES.values()):
+        axes[row, 0].set_ylabel(name)
+        for i, axis in zip(shown, axes[row], strict=True):
+            axis.imshow(np.log10(densities[:, i, row].T + 1e-3), **looks)
+            axis.axhline(threshold, color="black", ls="--", lw=0.8)
+    for i, top, bottom in zip(shown, *axes, strict=True):
+        top.set_title(f"layer {i + 1}")
+        by_epoch(bottom)
+    return figure
+
+
+def save_gif(densities, threshold, path):
+    """The same as an animation, a frame an epoch. Of a long training about 60 epochs are shown."""
+    n, shown = len(densities), shown_layers(densities.shape[1])
+    figure = Figure(figsize=(PAGE, 3))
+    FigureCanvasAgg(figure)  # what draws the frames
+    axes = distribution_axes(figure, shown, threshold)
+    title, lines = figure.suptitle("epoch 0"), {}
+    for row, column in np.ndindex(axes.shape):
+        place = shown[column], row
+        (lines[place],) = axes[row, column].plot(CENTRES, densities[(0, *place)], color="black")
+
+    def draw(epoch):
+        title.set_text(f"epoch {epoch}")
+        for place, line in lines.items():
+            line.set_ydata(densities[(epoch, *place)])
+
+    epochs = sorted({*range(0, n, max(1, n // 60)), n - 1})
+    FuncAnimation(figure, draw, epochs).save(path, PillowWriter(fps=max(2, len(epochs) // 15)), dpi=100)
+
+
+# ---- points in the plane ---------------------------------------------------------------------------------------------
+
+
+def plane(axis, rates, y, n_classes, title):
+    """Draws rates, (B, neurons), by their first two principal components, with labels y, (B,). Returns them, (B, 2)."""
+    with np.errstate(invalid="ignore"):  # a silent layer has no variance to explain
+        pca = PCA(2, random_state=0).fit(rates)
+    explained = np.nan_to_num(pca.explained_variance_ratio_.sum())
+    projected = pca.transform(rates)
+    axis.scatter(*projected.T, c=y, cmap="viridis", s=6, lw=0)
+    if n_classes <= 10:
+        for label in np.unique(y):
+            text = axis.annotate(str(label), projected[y == label].mean(0), ha="center", va="center")
+            text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # to be read on top of points
+    axis.set(title=f"{title} ({explained:.0%} of the variance)", xlabel="PC 1", ylabel="PC 2", xticks=[], yticks=[])
+    return projected
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(name, first, runs, out):
+    """Outcome, best epoch and best accuracy of each run, as text, as Markdown and as a picture with the loss curves.
+
+    Args:
+        name: of the files.
+        first: heading of the first column.
+        runs: label -> `history.Trained`.
+    """
+    cells, rows = [[first, "outcome", "best epoch", "best accuracy"]], []
+    figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))
+    top, bottom = axes[:, 0]
+    for (label, run), style in zip(runs.items(), STYLES, strict=False):
+        outcome, epoch, best = run.result()
+        metrics = run.metrics()
+        cells.append([label, outcome, str(epoch or "-"), "-" if best is None else f"{best:.2%}"])
+        for m in metrics:
+            row = dict(run=label, outcome=outcome, epoch=m["epoch"], train_loss=m["train_loss"])
+            rows.append({**row, "test_accuracy": m["test_accuracy"], "best_test_accuracy": best})
+        bottom.plot([m["epoch"] for m in metrics], [m["train_loss"] for m in metrics], label=label, **style)
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    lines = []
+    for row in escaped:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("| " + " | ".join(padded) + " |")
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    print("\n".join(lines))
+    top.axis("off")
+    drawn = top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="center", edges="horizontal")
+    drawn.auto_set_font_size(False)
+    bottom.set_ylabel("training loss")
+    by_epoch(bottom)
+    bottom.legend(ncols=2)
+    save(figure, name, rows, out)
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,207 @@
+"""What the docstrings of `ei_prop.py` and `inhibition.py` claim, as numbers.
+
+Measured in the first step of VGG-8 on the first 32 digits, with E-I Init. Each layer gets its input and its incoming
+gradient dL/dI_int of that step, and is computed alone in float64 (every eighth sample of the batch). The first layer
+receives the same image at each time step; it is computed once, with the sum of its gradients over time.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ei_init import initialize
+from ei_prop import divide
+from inhibition import EICircuit
+from model import build, circuits
+from support import data
+from support.fast import FORMS, accelerate
+from support.measure import hooked
+
+PLAIN = {fast: plain for plain, fast in FORMS.items()}
+
+
+class FirstStep:
+    """One layer in the first step: its circuit, input x and incoming gradient g."""
+
+    def __init__(self, circuit, x, g):
+        self.circuit, self.x, self.g = circuit, x[::8].double(), g[::8].double()
+        self.all_x = x
+
+    def gradients(self, g=None, **settings):
+        """dL/dx, and of each parameter of the layer, with another g or other settings of the circuit: a dict."""
+        usual = {name: getattr(self.circuit, name) for name in settings}
+        vars(self.circuit).update(settings)
+        leaf = self.x.clone().requires_grad_()
+        names = ["x", *(name for name, _ in self.circuit.named_parameters())]
+        found = torch.autograd.grad(self.circuit(leaf), [leaf, *self.circuit.parameters()], self.g if g is None else g)
+        vars(self.circuit).update(usual)
+        return dict(zip(names, found, strict=True))
+
+    @torch.no_grad()
+    def moved(self, name, step):
+        """How far I_int moves when `step` times a small rate is taken from a weight."""
+        p, before, rate = getattr(self.circuit, name), self.circuit(self.x), 1e-6
+        usual = p.clone()
+        p.sub_(rate * step)
+        after = self.circuit(self.x)
+        p.copy_(usual)
+        return ((after - before).norm() / rate).item()
+
+
+@pytest.fixture(scope="module")
+def steps():
+    torch.manual_seed(0)
+    dataset = data.load("digits")
+    x, y = data.to_input(dataset.train_x[:32]), dataset.train_y[:32]
+    model, seen = build("vgg8", in_channels=1), []
+    initialize(model, x)
+    assert accelerate(model, x) == set()  # only to save time
+
+    def record(circuit, args, i_int):
+        i_int.retain_grad()
+        seen.append((circuit, args[0].detach(), i_int))
+
+    with hooked(model, [c.register_forward_hook(record) for c in circuits(model)[:-1]], training=True):
+        F.cross_entropy(model(x), y).backward()
+    for circuit in circuits(model):
+        circuit.__class__ = PLAIN[type(circuit)]
+    model.double()
+    return [FirstStep(circuit, x, i_int.grad) for circuit, x, i_int in seen]
+
+
+def change(a, b):
+    """Norm of the difference beside the norm of b."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def test_zeros_of_i_div_are_silent_receptive_fields_in_exact_balance(steps):
+    shares = []
+    for step in steps:
+        found = step.circuit.currents(step.x)
+        zero = found["i_div"] == 0
+        assert torch.equal(zero, ~step.circuit.is_reached(step.x).expand_as(zero))
+        assert not (found["i_ee"] - found["i_sub"])[zero].any()
+        shares.append((~step.circuit.is_reached(step.all_x)).float().mean().item())
+    assert shares[0] == pytest.approx(0.223, abs=0.03)  # 22 % in the first layer, 7 % in the second
+    assert shares[1] == pytest.approx(0.067, abs=0.03)
+    assert shares[2:] == [0, 0, 0]
+
+
+def test_a_fixed_eps_explodes_in_the_gradient_to_x_and_in_no_weight(steps):
+    for step in steps[:2]:
+        adaptive = step.gradients()
+        norms = []
+        for eps in (1e-5, 1e-6, 1e-7, 1e-8):
+            fixed = step.gradients(eps=eps)
+            norms.append((fixed["x"].norm() / adaptive["x"].norm()).item())
+            for name in adaptive.keys() - {"x"}:
+                assert change(fixed[name], adaptive[name]) < 0.02, name
+            # what explodes is the part that comes through silent receptive fields: without their g nothing does
+            g = step.g * step.circuit.is_reached(step.x)
+            assert change(step.gradients(g, eps=eps)["x"], step.gradients(g)["x"]) < 0.1
+        assert norms[0] > 10 and norms[1] == pytest.approx(10 * norms[0], rel=0.02)
+        assert norms[3] == pytest.approx(100 * norms[1], rel=0.02)
+        assert norms[3] > 1e4
+    for step in steps[2:]:  # nothing is silent there yet
+        assert change(step.gradients(eps=1e-8)["x"], step.gradients()["x"]) < 1e-4
+
+
+def test_at_silent_receptive_fields_ste_changes_no_gradient(steps):
+    for step in steps[:3]:
+        with_ste, without = step.gradients(), step.gradients(ste=False)
+        for name, grad in with_ste.items():
+            assert change(without[name], grad) < 1e-12, name
+
+
+def test_ste_matters_where_i_div_is_0_but_i_ee_is_not_i_sub(steps):
+    step = steps[1]
+    w_ie = step.circuit.w_ie.detach().clone()
+    with torch.no_grad():
+        step.circuit.w_ie[:, :, :, 1:] = 0  # as if Dale's law had set them to 0
+        found = step.circuit.currents(step.x)
+        zero = found["i_div"] == 0
+        unbalanced = (zero & (found["i_ee"] != found["i_sub"])).sum() / zero.sum()
+    assert unbalanced > 0.1
+    with_ste, without = step.gradients(), step.gradients(ste=False)
+    assert change(without["w_ie"], with_ste["w_ie"]) > 0.01
+    with torch.no_grad():
+        step.circuit.w_ie.copy_(w_ie)
+
+
+def test_the_gradient_to_i_div_is_0_at_silent_positions_with_any_eps():
+    current = torch.tensor([[0.6, 0.0, 0.4]], requires_grad=True)
+    i_div = torch.tensor([[2.0, 0.0, 0.5]], requires_grad=True)
+    for eps in ("adaptive", 1e-4, 1e-8):
+        to_current, to_i_div = torch.autograd.grad(divide(current, i_div, eps).sum(), (current, i_div))
+        assert to_i_div[0, 1] == 0
+        assert to_current[0, 1].item() == pytest.approx(2 if eps == "adaptive" else 1 / eps)
+
+
+def test_a_relu_on_the_interneurons_unbalances_the_gradient_to_x(steps):
+    """By several times its norm in the first layer, by about its norm in the second; then nothing is silent yet."""
+
+    def with_relu(step, subtractive, divisive):
+        circuit, leaf = step.circuit, step.x.clone().requires_grad_()
+        w_ie, w_ei, g_i = circuit.inhibition()
+        g_i, g_e, b_e = (p.view(-1, 1, 1) for p in (g_i, circuit.g_e, circuit.b_e))
+        i_ee, i_ie = circuit.synapses(leaf, circuit.w_ee), circuit.synapses(leaf, w_ie)
+        i_sub = circuit.lateral(w_ei, i_ie.relu() if subtractive else i_ie)
+        i_div = circuit.lateral(w_ei, g_i * (i_ie.relu() if divisive else i_ie))
+        i_int = g_e * divide(i_ee - i_sub, i_div) + b_e
+        return i_int, torch.autograd.grad(i_int, leaf, step.g)[0]
+
+    changes = []
+    for step in steps[:3]:
+        plain, grad = with_relu(step, False, False)
+        assert torch.equal(plain, step.circuit(step.x)) and change(step.gradients()["x"], grad) < 1e-12
+        relu, cut = with_relu(step, True, True)
+        assert torch.equal(relu, plain)  # forward it changes nothing
+        assert change(with_relu(step, False, True)[1], grad) < 1e-12  # the divisive path has nothing to lose
+        assert torch.equal(with_relu(step, True, False)[1], cut)
+        changes.append(change(cut, grad))
+    assert 2 < changes[0] < 8, changes
+    assert 0.2 < changes[1] < 2, changes
+    assert changes[2] == 0
+
+
+def test_without_one_over_d_w_ei_learns_faster_and_with_it_hardly_at_all(steps):
+    """Of one step of plain SGD, beside W_EE's of the same layer."""
+    entries, relative, moved, scaled = [], [], [], []
+    for step in steps:
+        grads, d = step.gradients(grad_scaling=False), step.circuit.fan_in
+        w_ei, w_ee = grads["w_ei"], grads["w_ee"]
+        torch.testing.assert_close(step.gradients()["w_ei"], w_ei / d)
+        entries.append((w_ei.square().mean() / w_ee.square().mean()).sqrt().item())
+        of_weight = [grads[name].norm() / getattr(step.circuit, name).norm() for name in ("w_ei", "w_ee")]
+        relative.append((of_weight[0] / of_weight[1]).item())
+        by_w_ee = step.moved("w_ee", w_ee)
+        moved.append(step.moved("w_ei", w_ei) / by_w_ee)
+        scaled.append(step.moved("w_ei", w_ei / d) / by_w_ee)
+    assert entries == pytest.approx([1.8, 5.2, 10.5, 12.2, 12.3], rel=0.4)  # not d times, which is 9, 576, 1152, ...
+    assert relative == pytest.approx([5.8, 4.9, 12.9, 18.7, 11.3], rel=0.4)
+    assert moved == pytest.approx([6.1, 1.9, 7.5, 10.6, 5.3], rel=0.4)
+    assert min(moved) > 1.3 and max(moved) < 15
+    assert 0.3 < scaled[0] < 1 and all(s < 0.01 for s in scaled[1:])
+
+
+def test_the_readout_only_subtracts():
+    circuit = EICircuit(20, 8, readout=True)
+    x = torch.rand(5, 20)
+    found = circuit.currents(x)
+    assert set(found) == {"i_ee", "i_ie", "i_sub", "i_int"}
+    assert torch.equal(found["i_int"], found["i_ee"] - found["i_sub"])
+    assert set(dict(circuit.named_parameters())) == {"w_ee", "w_ie", "w_ei"}
+    torch.testing.assert_close(circuit(2 * x), 2 * circuit(x))  # it does not divide
+
+
+def test_the_circuit_that_divides_does_not_see_the_contrast():
+    circuit, x = EICircuit(20, 8), torch.rand(5, 20)
+    torch.testing.assert_close(circuit(2 * x), circuit(x))
+
+
+def test_a_negative_input_can_make_i_div_negative_or_close_to_0():
+    circuit = EICircuit(20, 8)
+    i_div = circuit.currents(torch.randn(200, 20))["i_div"]
+    assert (i_div < 0).float().mean() > 0.2 and i_div.abs().min() < 0.05 * i_div.abs().mean()
+    assert (circuit.currents(torch.rand(200, 20))["i_div"] > 0).all()

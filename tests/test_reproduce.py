@@ -1,0 +1,101 @@
+"""All runs one after another: which there are, going on where it was, the table."""
+
+import json
+import signal
+
+import pytest
+import soak
+
+import reproduce
+import train
+import visualize
+from support.recipes import parse as train_options
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    images = soak.make_images(tmp_path_factory.mktemp("images"))
+    of = ["--arch", "vgg8", "--width", "0.1", "--data", "folder", "--data-root", images, "--batch-size", 4, "--T", 2]
+    return [str(o) for o in of]
+
+
+def run_and_fail(capsys, *arguments):
+    assert reproduce.main([str(a) for a in arguments]) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def test_it_goes_on_where_it_was_and_skips_what_is_finished(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(reproduce.SUITES, "paper", [["--model", "plain"], ["--no-ste"], ["--eps", "1e-6"]])
+    drawn = []
+    monkeypatch.setattr(visualize, "main", lambda argv: drawn.append(argv) or 0)
+    suite = [*options, "--epochs", "1", "--out", str(tmp_path)]
+    evaluate = train.evaluate
+
+    def stop_in_the_second_run(*arguments):
+        if (tmp_path / "folder-vgg8-ei-width0.1-noste-seed0").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", stop_in_the_second_run)
+    assert reproduce.main(suite) == 128 + signal.SIGTERM
+    assert (tmp_path / "folder-vgg8-plain-width0.1-seed0" / "result.json").exists()
+    assert not drawn and not (tmp_path / "table.md").exists()
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    capsys.readouterr()
+    assert reproduce.main(suite) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 1 and "run 3 of 3: folder-vgg8-ei-width0.1-eps1e-06-seed0" in out
+    assert "s an epoch; 1 epochs are left in all" in out
+    assert len(list(tmp_path.glob("*/result.json"))) == 3
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].startswith("| network") and len([line for line in lines if "vgg8" in line]) == 3
+    assert any("no STE | 0.1 | 0 | 1/1" in line for line in lines) and lines[2] in out
+    assert drawn[0][:2] == ["all", str(tmp_path)] and "--width=0.1" in drawn[0]
+    for file in tmp_path.glob("*/checkpoint*.pt"):  # large, and of no use to a finished run
+        file.unlink()
+    assert reproduce.main([*suite, "--no-figures"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 3 and len(drawn) == 1
+    assert "was made with epochs=1, not 2" in run_and_fail(capsys, *suite[:-3], "2", *suite[-2:])
+
+
+def test_a_run_at_chance_is_given_up_and_the_table_says_so(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(reproduce.SUITES, "paper", [["--model", "ei"]])
+    monkeypatch.setattr(train, "evaluate", lambda *_: (0.7, 0.5, [0.1] * 5))
+    suite = [*options, "--epochs", "4", "--out", str(tmp_path), "--no-figures"]
+    assert reproduce.main([*suite, "--give-up"]) == 0
+    result = json.loads((tmp_path / "folder-vgg8-ei-width0.1-seed0" / "result.json").read_text())
+    assert result["epochs"] == 2 and result["given_up"] and result["outcome"] == "failed to converge"
+    assert "2/4" in (tmp_path / "table.md").read_text() and "given up" in (tmp_path / "table.md").read_text()
+
+
+def test_which_runs_there_are():
+    def names(*arguments):
+        return [reproduce.recipes.run_name(config) for config in reproduce.plan(reproduce.parse(arguments))]
+
+    assert len(names()) == 12 and names()[0] == "digits-vgg8-ei-seed0"
+    assert len(set(names("--seeds", "3"))) == 12 + 2 * 3
+    assert len(names("--suite", "rivals", "--seeds", "2")) == 6
+    both = names("--suite", "paper", "depth")
+    assert len(both) == len(set(both)) == 12 + 8 and "digits-vgg19-bn-seed0" in both
+    wide = reproduce.plan(reproduce.parse(["--width", "0.5", "--epochs", "20", "--data", "folder"]))
+    assert all(c["width"] == 0.5 and c["epochs"] == 20 for c in wide)
+    assert {c["lr"] for c in wide} == {0.002, 0.1, 0.02}  # each has the recipe of its own model
+    assert all(train_options(o) for options in reproduce.SUITES.values() for o in options)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--suite", "depth", "--arch", "vgg8"], "chooses --arch itself"),
+        (["--no-grad-scaling"], "chooses --grad-scaling itself"),
+        (["--suite", "rivals", "--eps", "1e-6"], "of --model ei only"),
+        (["--seeds", "2", "--seed", "1"], "leave --seed out"),
+        (["--seeds", "0"], "at least 1"),
+        (["--suite", "none"], "none"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, words, capsys, tmp_path):
+    assert words in run_and_fail(capsys, *arguments, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
