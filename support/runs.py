@@ -156,8 +156,8 @@ class Run:
         """A new run, locked. The first `save` puts `config` into its folder too.
 
         Args:
-            choose: where there is a run in the folder, or another process, take the first of folder-2, folder-3, ... that
-                is free. Else that is a ValueError.
+            choose: where there is a run in the folder, or another process, take the first of folder-2, folder-3, ...
+                that is free. Else that is a ValueError.
         """
         n, candidate = 1, Path(folder)
         while True:
