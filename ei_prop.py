@@ -32,7 +32,8 @@ def smallest_positive(i_div):
 
 
 # What a zero of I_div is replaced by. To try another one, write a function like `smallest_positive`, add a line here,
-# and train with `--eps NAME`. It may return any shape that broadcasts to (N, ...).
+# and train with `--eps NAME`. It may return any shape that broadcasts to (N, ...), positive, and infinity where a
+# sample has no positive value.
 STABILIZERS = {"adaptive": smallest_positive}
 
 

@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 import train
 import visualize
 from model import ARCHS
@@ -129,8 +131,7 @@ def table(folder):
 
 def command(args):
     device = parallel.pick_device(args.device)
-    keep_memory()
-    with parallel.joined(device):
+    with parallel.joined(device), torch.random.fork_rng():
         if status := run_all(args, device):
             return status
         if parallel.rank():
@@ -151,4 +152,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    keep_memory()
     console.leave(main())

@@ -16,8 +16,8 @@ from inhibition import clamp_dale
 from model import build, layers
 from support import console, data, parallel, recipes
 from support.fast import accelerate, keep_memory
-from support.measure import cost_table, describe, hooked
-from support.progress import Progress
+from support.measure import cost_table, header, hooked
+from support.progress import Progress, check_data, longer
 from support.runs import Run, reopen, restore
 
 
@@ -129,22 +129,13 @@ def evaluate(model, x, y, batch_size=100):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def header(config, dataset, model, device):
-    """Says what runs: device, data, network and its size, the row of the table of recipes, and every setting."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
-    row = recipes.recipe(config["data"], config["arch"], config["model"])
-    print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
-    print(f"network   {config['arch']} {config['model']}: {describe(model)}")
-    print(f"recipe    {', '.join(row[:3])}\nsettings ", *values, flush=True)
-
-
 def work(run, config, args, device, folder=None, after_epoch=None):
     """Goes on with a run, or starts one in a new folder. Returns the exit status."""
     with parallel.first_process_first():  # it makes the run folder whole, and decodes and caches the data
         state = None
         if run:
             state = run.load() if parallel.rank() else run.resume()
+            config = longer(run, config, state, args.epochs)
         dataset, model = make(config, device)
     size, n = config["batch_size"], len(dataset.train_y)
     if size > n:
@@ -173,6 +164,8 @@ def test(args, device):
     run, config = reopen(vars(args), args.eval, free=("data_root", "T"))
     state = run.load("best.pt")
     dataset, model = make(config, device)
+    other_frames = dataset.train_x.dim() == 5 and args.T is not None
+    check_data(run, state["data"], dataset, other_frames, args.other_data)
     restore(model, state["model"], run.folder / "best.pt")
     sample, _ = data.sample(dataset, config["T"])
     if not args.plain:
@@ -185,7 +178,7 @@ def test(args, device):
         return 0
     rival = run.folder.resolve().with_name(recipes.run_name(config | recipes.FULL | dict(model="bn", ei_ratio=4)))
     if (rival / "best.pt").exists():  # beside it
-        same = dict(eval=rival, T=args.T, data_root=args.data_root, plain=args.plain)
+        same = dict(eval=rival, T=args.T, data_root=args.data_root, plain=args.plain, other_data=args.other_data)
         return test(argparse.Namespace(**vars(recipes.parse([])) | same), device)
     print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
     return 0
@@ -199,12 +192,11 @@ def command(args):
     if sum(asked is not None for asked in (args.resume, args.eval, args.out)) > 1:
         raise ValueError("--resume goes on with a run, --eval tests it, --out is for a new one: give one of them")
     device = parallel.pick_device(args.device)
-    keep_memory()
-    with parallel.joined(device):
+    with parallel.joined(device), torch.random.fork_rng():
         if args.eval is not None:
             return test(args, device)
         if args.resume is not None:
-            return work(*reopen(vars(args), args.resume), args, device)
+            return work(*reopen(vars(args), args.resume, free=("data_root", "epochs")), args, device)
         return work(None, recipes.settings(args), args, device, args.out)
 
 
@@ -214,4 +206,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    keep_memory()
     console.leave(main())

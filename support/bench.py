@@ -310,7 +310,7 @@ def scaling(args, device):
                 if i:  # the first round warms up
                     times[value].append(1e3 * t)
         rows += [(name, value, median(t), min(t), max(t)) for value, t in times.items()]
-    with open(folder / "scaling.csv", "w", newline="") as file:
+    with open(folder / "scaling.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("sweep", "value", "median_ms", "min_ms", "max_ms"), *rows])
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -357,11 +357,11 @@ def command(args):
         (profile if args.profile else scaling)(args, device)
         return 0
     if args.json:
-        open(args.json, "a").close()  # better to fail now than after the measurement
+        open(args.json, "a", encoding="utf-8").close()  # better to fail now than after the measurement
     result = measure(args, device)
     show(result)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

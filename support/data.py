@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -45,10 +45,12 @@ class Dataset:
     train_y: torch.Tensor
     test_x: torch.Tensor
     test_y: torch.Tensor
-    n_classes: int
+    classes: list | int  # their names, in the order of the labels, or only how many there are
     augment: Callable | None = None  # of a batch in training: (float batch, generator) -> batch
 
     def __post_init__(self):
+        if isinstance(self.classes, int):
+            self.classes = [str(i) for i in range(self.classes)]
         for split, x, y in (("training", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
             if x.is_floating_point() or x.dtype == torch.bool or (x.dtype != torch.uint8 and x.min() < 0):
                 raise ValueError(
@@ -61,6 +63,10 @@ class Dataset:
                 raise ValueError(
                     f"the {split} labels go from {y.min()} to {y.max()}, but there are {self.n_classes} classes, from 0"
                 )
+
+    @property
+    def n_classes(self):
+        return len(self.classes)
 
     @property
     def in_channels(self):
@@ -85,8 +91,8 @@ def load(name, root="./data", image_size=32, device="cpu", T=16):
     """
     if name not in LOADERS:
         raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
-    *splits, n_classes, of_batch = LOADERS[name](Path(root), image_size, T)
-    return Dataset(*(tensor.to(device) for tensor in splits), n_classes, of_batch)
+    *splits, classes, of_batch = LOADERS[name](Path(root).expanduser(), image_size, T)
+    return Dataset(*(tensor.to(device) for tensor in splits), classes, of_batch)
 
 
 def describe(dataset):
@@ -101,7 +107,7 @@ def to_input(x):
     Images (N, C, S, S): intensities in [0, 1]. Frames (N, T, C, S, S): numbers of events, >= 0, fractions among them
     (see `events.area_weights`).
     """
-    return x.float().div_(255 if x.dim() < 5 else parts(x.shape[-1]) ** 2)
+    return x.float() / (255 if x.dim() < 5 else parts(x.shape[-1]) ** 2)
 
 
 def _resized(x, size):
@@ -115,8 +121,8 @@ def digits(root, size, T):
     Each loader takes the folder of the data, the images' side in pixels and the number of time steps.
 
     Returns:
-        Training images (N, C, size, size) uint8, their labels (N,) int64, test images, test labels, the number of
-        classes, and the augmentation of a training batch (None: none).
+        Training images (N, C, size, size) uint8, their labels (N,) int64, test images, test labels, the names of the
+        classes or their number, and the augmentation of a training batch (None: none).
     """
     found = load_digits()
     x = _resized(torch.from_numpy(found.images).float()[:, None] / 16, size).mul(255).round().clamp(0, 255).byte()
@@ -127,6 +133,7 @@ def digits(root, size, T):
 
 def cifar(name, root, size, T):
     kind = CIFAR10 if name == "cifar10" else CIFAR100
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # or a dead connection would keep the reader waiting
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -137,42 +144,49 @@ def cifar(name, root, size, T):
             "or use --data folder --data-root DIR with train/<class>/ and test/<class>/ images (or --data digits)"
         ) from None
     finally:
-        socket.setdefaulttimeout(None)
+        socket.setdefaulttimeout(before)
     splits = []
     for part in sets:
         x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         if size != 32:
             x = torch.cat([_resized(chunk.float(), size).round().clamp(0, 255).byte() for chunk in x.split(1000)])
         splits += [x, torch.tensor(part.targets)]
-    return *splits, 10 if name == "cifar10" else 100, augment
+    return *splits, getattr(sets[0], "classes", 10 if name == "cifar10" else 100), augment
 
 
 def image_files(listing, root, size, T):
     """Images in files, of which `listing` tells the names and the labels."""
-    train, train_y, test, test_y, n_classes = listing(root)
+    train, train_y, test, test_y, classes = listing(root)
     x = _cached(root, train + test, (3, size, size), partial(_decode, size=size))
-    return x[: len(train)], train_y, x[len(train) :], test_y, n_classes, augment
+    return x[: len(train)], train_y, x[len(train) :], test_y, classes, augment
 
 
 def events(name, root, size, T):
     """DVS-Gesture has an official split. Of CIFAR10-DVS a tenth of each class is the test set, drawn once for all."""
-    folder, files, y, decode, n_train, n_classes = recordings(name, root, size, T)
+    folder, files, y, decode, n_train, classes = recordings(name, root, size, T)
     x = _cached(folder, files, (T, 2, size, size), decode)
     train, test = list(range(n_train)), list(range(n_train, len(y)))
     if not test:
         train, test = train_test_split(train, test_size=0.1, stratify=y, random_state=0)
     of_batch = augment_cifar10_dvs if name == "cifar10-dvs" else augment_gesture
-    return x[train], y[train], x[test], y[test], n_classes, of_batch
+    return x[train], y[train], x[test], y[test], classes, of_batch
 
 
 def _folder(root):
-    """Files and labels for training, the same for testing, number of classes."""
-    test = root / ("test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val")
+    """Files and labels for training, the same for testing, names of the classes.
+
+    The test set is in test/, or in val/ where there is no test/ or one without class folders (without labels, that is).
+    """
+    test = root / "test"
+    if (root / "val").is_dir() and not (test.is_dir() and any(d.is_dir() for d in test.iterdir())):
+        if test.is_dir():
+            print(f"{test} has no class folders, so no labels: {root / 'val'} is the test set")
+        test = root / "val"
     (train_files, train_y, classes), (test_files, test_y, test_classes) = _listing(root / "train"), _listing(test)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))[0]
         raise ValueError(f"{root}: the class {odd!r} is not in both train and {test.name}")
-    return train_files, train_y, test_files, test_y, len(classes)
+    return train_files, train_y, test_files, test_y, classes
 
 
 def _tinyimagenet(root):
@@ -186,7 +200,9 @@ def _tinyimagenet(root):
         )
     train_files, train_y, classes = _listing(root / "train", "images")
     test_files, test_y = [], []
-    for line in annotations.read_text().splitlines():  # val_0.JPEG, wnid, and a bounding box, between tabs
+    for line in annotations.read_text(
+        encoding="utf-8"
+    ).splitlines():  # val_0.JPEG, wnid, and a bounding box, between tabs
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in classes or not (annotations.parent / "images" / name).is_file():
@@ -195,31 +211,35 @@ def _tinyimagenet(root):
         test_y.append(classes.index(wnid))
     if not test_y:
         raise ValueError(f"{annotations} names no image")
-    return train_files, train_y, test_files, torch.tensor(test_y), len(classes)
+    return train_files, train_y, test_files, torch.tensor(test_y), classes
 
 
 def _cached(root, files, shape, decode):
     """decode(file) -> (*shape) of each file, stacked, in the widest type among them.
 
-    Decoding many files takes minutes, so it is done once: kept in `root`, under a key that changes with any file and
-    the shape.
+    Decoding many files takes minutes, so it is done once for each shape and kept in `root`, with a checksum of the
+    names and contents of all files.
     """
-    stamp = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-    key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
-    cache = root / f".decoded-{'x'.join(map(str, shape))}-{key}.pt"
-    x = _read_cache(cache, (len(files), *shape))
-    if x is not None:
-        return x
-    print(f"decoding {len(files):,} files of {root} ...", flush=True)
-    x = torch.empty(len(files), *shape, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, sample in enumerate(pool.map(decode, files)):
-            x = x.to(torch.promote_types(x.dtype, sample.dtype))
-            x[i] = sample
+        names = [os.path.relpath(file, root) for file in files]
+        key = hashlib.blake2b(repr(list(zip(names, pool.map(_digest, files), strict=True))).encode()).hexdigest()
+        cache = root / f".decoded-{'x'.join(map(str, shape))}.pt"
+        x = _read_cache(cache, key, (len(files), *shape))
+        if x is not None:
+            return x
+        print(f"decoding {len(files):,} files of {root} ...", flush=True)
+        x = torch.empty(len(files), *shape, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error
+            for i, sample in enumerate(pool.map(decode, files)):
+                x = x.to(torch.promote_types(x.dtype, sample.dtype))
+                x[i] = sample
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
-        torch.save(x, temporary)
+        torch.save(dict(key=key, x=x), temporary)
         temporary.replace(cache)
+        for old in root.glob(f"{cache.stem}-*.pt"):  # of earlier versions
+            old.unlink()
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
@@ -227,61 +247,149 @@ def _cached(root, files, shape, decode):
     return x
 
 
+def _digest(file):
+    """A checksum of a file's contents; of a large one of its size, its time and three parts of it."""
+    part = 2**18
+    with open(file, "rb") as opened:
+        about = os.stat(file)
+        if about.st_size <= 4 * part:
+            return hashlib.blake2b(opened.read(), digest_size=16).digest()
+        found = hashlib.blake2b(repr((about.st_size, about.st_mtime_ns)).encode(), digest_size=16)
+        for start in (0, about.st_size // 2, about.st_size - part):
+            opened.seek(start)
+            found.update(opened.read(part))
+        return found.digest()
+
+
+SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif"}
+SUFFIXES |= {".tiff", ".webp", ""}  # a file without an ending may be an image
+
+
 def _listing(folder, inner=""):
     """Image files, labels and class names of a folder of class folders, in alphabetical order.
 
-    The images of a class are in its folder, or in the folder `inner` of that.
+    The images of a class are in its folder and in all folders below it, or in the folder `inner` of that. Links are
+    followed. Hidden files and folders are left out, and files that by their names are no images, with a line that
+    counts them.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: images are read from train/<class>/ and test/<class>/ or val/<class>/")
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    for entry in entries:
+        _refuse_dangling(entry)
+    classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
         raise ValueError(f"{folder} has no class folders in it")
-    files, labels = [], []
+    if len(classes) == 1:
+        raise ValueError(f"{folder} has only one class folder, {classes[0]!r}: there is nothing to tell apart")
+    files, labels, others = [], [], []
     for label, name in enumerate(classes):
-        of_class = sorted(f for f in (folder / name / inner).rglob("*") if f.is_file() and not f.name.startswith("."))
+        found = _files(folder / name / inner)
+        of_class = [file for file in found if file.suffix.lower() in SUFFIXES]
+        skipped = [file for file in found if file.suffix.lower() not in SUFFIXES]
         if not of_class:
-            raise ValueError(f"the class folder {folder / name / inner} has no image in it")
+            why = f", only {len(skipped)} other files, e.g. {skipped[0].name}" if skipped else ""
+            raise ValueError(f"the class folder {folder / name / inner} has no image in it{why}")
         files += of_class
         labels += [label] * len(of_class)
+        others += skipped
+    if others:
+        print(f"{folder}: {len(others)} files that are no images by their names are left out, e.g. {others[0]}")
     return files, torch.tensor(labels), classes
 
 
+def _refuse_dangling(path):
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to something that is not there: mend it or remove it")
+
+
+def _files(folder, above=()):
+    """All files below a folder but hidden ones, in alphabetical order. Links are followed, but not in circles."""
+    here, found = folder.resolve(), []
+    if here in above or not folder.is_dir():
+        return []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        _refuse_dangling(entry)
+        found += _files(entry, (*above, here)) if entry.is_dir() else [entry]
+    return sorted(found)
+
+
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is an error, below
 
 
 def _decode(file, size):
-    """An image file, of an animated one the first image, -> (3, size, size) uint8."""
+    """An image file, of an animated one the first image, -> (3, size, size) uint8.
+
+    It is turned as its EXIF orientation says. Of transparent pixels the colour counts and the transparency does not, as
+    in torchvision.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"it says that it has {image.width} x {image.height} pixels, which is too large")
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
-            if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
-                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            bits = 16 if image.mode.startswith("I;16") or image.format == "PNG" else 32
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # `convert` would cut it off at 255
+                image = image.convert("I")
+                low, high = image.getextrema()
+                if low < 0 or high > 65535:
+                    raise ValueError(f"its pixels go from {low} to {high}; save it with 8 or 16 bits a channel")
+                if bits == 16 or high > 255:  # 32 bits that hold at most 255 are 8 bits
+                    image = image.point(lambda value: value * (1 / 257))
+                image = image.convert("L")
             image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # a decoder fails on a foreign file in many ways; all of them mean the same
         raise ValueError(f"{file} cannot be read as an image: {error}") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
-def _read_cache(cache, shape):
+def _read_cache(cache, key, shape):
     try:
         with zipfile.ZipFile(cache) as archive:
             intact = archive.testzip() is None
-        x = torch.load(cache, weights_only=True) if intact else None
+        found = torch.load(cache, weights_only=True) if intact else {}
+        x = found["x"] if found["key"] == key else None
     except Exception:  # absent or damaged: decode again
         return None
     return x if isinstance(x, torch.Tensor) and x.shape == shape and not x.is_floating_point() else None
 
 
-def fingerprint(dataset):
-    """A checksum of the training images and labels, also of their order."""
-    y, parts = dataset.train_y, dataset.train_x.split(1000)  # at 8 bytes a pixel, all at once would take much memory
-    sums = torch.cat([x.flatten(1).sum(1, dtype=torch.int64) for x in parts])
-    return ((sums + y) * torch.arange(1, len(y) + 1, device=y.device)).sum().item()
+def identity(dataset):
+    """What a run remembers of its data: names of the classes, the shape of a sample, checksums of both sets with their
+    labels and order."""
+    found = dict(classes=list(map(str, dataset.classes)), shape=list(dataset.train_x.shape[1:]))
+    for name, x, y in (("train", dataset.train_x, dataset.train_y), ("test", dataset.test_x, dataset.test_y)):
+        checksum = hashlib.blake2b(digest_size=16)
+        for tensor in (x, y):
+            checksum.update(tensor.cpu().contiguous().numpy())
+        found[name] = f"{len(y)} samples, checksum {checksum.hexdigest()}"
+    return found
+
+
+def differences(before, now, but=()):
+    """How the data of a run differ from other data, in words; "" if they do not.
+
+    Args:
+        before, now: two of `identity`.
+        but: what may differ: "train", "test", "shape".
+    """
+    found = []
+    if len(before["classes"]) != len(now["classes"]):
+        found.append(f"there were {len(before['classes'])} classes, and now there are {len(now['classes'])}")
+    elif before["classes"] != now["classes"]:
+        pairs = zip(before["classes"], now["classes"], strict=True)
+        was, is_now = next(pair for pair in pairs if pair[0] != pair[1])
+        found.append(f"the classes have other names or another order: {was!r} was where {is_now!r} is now")
+    if before["shape"] != now["shape"] and "shape" not in but:
+        found.append(f"a sample was of shape {before['shape']}, and now of {now['shape']}")
+    for name, words in (("train", "training set"), ("test", "test set")):
+        if before[name] != now[name] and name not in but:
+            found.append(f"the {words} has other contents")
+    return "; ".join(found)
 
 
 def epoch_order(config, dataset, epoch):

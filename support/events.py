@@ -15,8 +15,8 @@ SENSOR = 128  # both event cameras are 128 x 128 pixels
 def recordings(name, root, size, T):
     """What there is of a dataset of recordings, and how each becomes T frames of the same number of events.
 
-    A recording of n events gives n // T to each frame, in order of time, and the last n % T are left out (tonic's
-    ToFrame with n_event_bins).
+    A recording of n events gives n // T to each frame, in order of time, and the last n % T are left out, as in tonic's
+    ToFrame with n_event_bins.
 
     Returns:
         folder: where the recordings are.
@@ -24,7 +24,7 @@ def recordings(name, root, size, T):
         y: their labels, (N,).
         decode: a function, file -> frames (T, 2, S, S), whole numbers of fractions of an event (see `area_weights`).
         n_train: the first so many are the training set; if these are all, there is no official split.
-        n_classes.
+        classes: their names.
 
     Raises:
         ValueError: tonic is not installed, there are no recordings, or a file is not one.
@@ -37,7 +37,6 @@ def recordings(name, root, size, T):
     kind = tonic.datasets.DVSGesture if name == "dvs-gesture" else tonic.datasets.CIFAR10DVS
     splits = [dict(train=True), dict(train=False)] if name == "dvs-gesture" else [{}]
     folder = root / kind.__name__
-    to_frames = tonic.transforms.ToFrame((SENSOR, SENSOR, 2), n_event_bins=T)
     # Unless its archives lie beside what was unpacked from them, tonic starts a long download: read what is there.
     local = type(kind.__name__, (kind,), {"_check_exists": lambda self: True})
     try:
@@ -59,15 +58,43 @@ def recordings(name, root, size, T):
     def decode(file):
         part, i = found[file]
         try:
-            events = part[i][0]
-            if len(events) < T:
-                raise ValueError(f"{len(events)} events cannot make T={T} frames")
-            frames = to_frames(events).view(np.uint16).astype(float)  # counted as int16, a very busy pixel wraps round
+            frames = count(part[i][0], T).astype(float)
         except BaseException as error:  # a foreign file fails in many ways, one of them a panic of the AEDAT4 decoder
             raise ValueError(f"{file} cannot be read as a recording of {name}: {error}") from None
         return _narrow(torch.from_numpy(weights @ frames @ weights.T))
 
-    return folder, files, y, decode, len(sets[0]), len(kind.classes)
+    return folder, files, y, decode, len(sets[0]), list(kind.classes)
+
+
+def count(events, T):
+    """Events with fields x, y, p, t -> how many there are at each pixel, (T, 2, SENSOR, SENSOR), int64.
+
+    What is unambiguous is put right: events that are not in order of time are sorted, polarities of -1 and 1 are taken
+    as 0 and 1. Everything else is refused.
+
+    Raises:
+        ValueError: fewer than T events, times that are not numbers, a pixel beyond the sensor, another polarity.
+    """
+    if len(events) < T:
+        raise ValueError(f"{len(events)} events cannot make T={T} frames")
+    t, p = np.asarray(events["t"]), np.asarray(events["p"])
+    if not np.isfinite(t.astype(float)).all():
+        raise ValueError("the time of an event is not a number")
+    position = {}
+    for axis in "xy":
+        position[axis] = np.asarray(events[axis])
+        low, high = position[axis].min(), position[axis].max()
+        if not (low >= 0 and high < SENSOR):  # also where it is not a number
+            raise ValueError(
+                f"{axis} of an event goes from {low} to {high}, but the sensor has pixels 0 to {SENSOR - 1}"
+            )
+    if not np.isin(p, (-1, 0, 1)).all() or ((p == 0).any() and (p == -1).any()):
+        raise ValueError(f"polarities are 0 and 1, or -1 and 1, not {sorted(set(p.tolist()))[:5]}")
+    order = np.argsort(t, kind="stable")[: len(t) // T * T]
+    frame = np.arange(len(order)) // (len(t) // T)
+    pixel = position["y"].astype(np.int64) * SENSOR + position["x"].astype(np.int64)
+    index = (frame * 2 + (p[order] > 0)) * SENSOR**2 + pixel[order]
+    return np.bincount(index, minlength=T * 2 * SENSOR**2).reshape(T, 2, SENSOR, SENSOR)
 
 
 def parts(size):

@@ -14,6 +14,7 @@ from baselines import DANN
 from inhibition import EICircuit
 from lif import LIF, membrane_potential
 from model import circuits, layers
+from support import data, recipes
 
 
 @contextmanager
@@ -66,6 +67,16 @@ def describe(model):
     return f"{n_e:,} excitatory and {n_i:,} inhibitory neurons, {n_weights:,} parameters"
 
 
+def header(config, dataset, model, device):
+    """Says what runs: device, data, network and its size, the row of the table of recipes, and every setting."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
+    row = recipes.recipe(config["data"], config["arch"], config["model"])
+    print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
+    print(f"network   {config['arch']} {config['model']}: {describe(model)}")
+    print(f"recipe    {', '.join(row[:3])}\nsettings ", *values, flush=True)
+
+
 # ---- currents and potentials -----------------------------------------------------------------------------------------
 
 
@@ -86,12 +97,14 @@ def observe(model, x, see):
         model(x)
 
 
-BINS = dict(low=-6.0, high=6.0, n=120)  # of the histograms below, in units of the threshold
+BINS = dict(low=-6.0, high=6.0, n=120)  # of the histograms below, in the units of the currents
 
 
 def histogram(values):
     """Counts of values (T, ...) in `BINS`: a list. What lies outside is counted in the outermost bins, NaN nowhere."""
     low, high, n = BINS.values()
+    if values.device.type == "mps":  # which has no histc
+        values = values.cpu()
     steps = (v[~v.isnan()].clamp(low, high) for v in values)  # one by one: histc counts in float32, up to 2^24
     return sum(torch.histc(v, n, low, high).long() for v in steps).tolist()
 

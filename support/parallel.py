@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,13 @@ def pick_device(name=None):
     Raises:
         ValueError: it cannot be used.
     """
+    if name is None:
+        with warnings.catch_warnings(record=True) as said:  # a CUDA build without a usable driver warns
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if said and name == "cpu":
+            print(f"no GPU can be used ({str(said[0].message).strip().partition(chr(10))[0][:200]}): the CPU is used")
     try:
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -35,6 +35,40 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def longer(run, config, state, epochs):
+    """The settings of a run that goes on, for more epochs if asked for.
+
+    The learning rate then follows the longer cosine from here on, with the same warm-up.
+    """
+    epochs = epochs or run.config["epochs"]
+    if epochs < len(state["history"]):
+        raise ValueError(f"{run.folder} has {len(state['history'])} epochs behind it: --epochs {epochs} is too few")
+    if epochs != run.config["epochs"]:
+        run.extend(epochs)
+    return config | dict(epochs=epochs)
+
+
+def check_data(run, known, dataset, other_frames=False, other_data=False):
+    """Refuses to test a network on other data than those of its training, unless that is asked for.
+
+    Args:
+        known: what the run remembers of its data, see `data.identity`.
+        other_frames: the data are recordings in another number of frames, so that the samples differ in any case.
+        other_data: it is asked for; then a line says what differs.
+    """
+    if len(known["classes"]) != dataset.n_classes:
+        raise ValueError(
+            f"the network of {run.folder} tells {len(known['classes'])} classes apart, but these data have "
+            f"{dataset.n_classes}"
+        )
+    but = ("train", "test", "shape") if other_frames else ("train",)
+    different = data.differences(known, data.identity(dataset), but)
+    if different and not other_data:
+        raise ValueError(f"these data are not those of {run.folder}: {different}; to test on them, add --other-data")
+    if different:
+        print(f"other data than those of the training: {different}")
+
+
 class Progress:
     """The state of a training. `epochs` and `batches` are what its loop runs over.
 
@@ -55,7 +89,7 @@ class Progress:
         self.device = dataset.train_x.device
         self.step, self.spent, self.history, self.recorded = 0, 0.0, [], []
         self.sample = data.sample(dataset, config["T"], 64)[0]  # for histograms
-        self.checksum = data.fingerprint(dataset)
+        run.data = data.identity(dataset)
         self.sums = torch.zeros(4, device=self.device)  # of loss, accuracy, requests to stop, steps that are not finite
         self.stopped = self.broken = None  # the number of the signal; the layer that is not finite
         self.give_up, self.given_up = give_up, False
@@ -63,18 +97,23 @@ class Progress:
             self.recorded.append(histograms(model, self.sample))
             self._save([0.0, 0.0], 0.0)
             return
+        if different := data.differences(state["data"], run.data):
+            where = f"the data in {config['data_root']}"
+            raise ValueError(f"{where} are not those with which {run.folder} was begun: {different}")
         restore(model, state["model"], run.folder / CHECKPOINT)
         restore(optimizer, state["optimizer"], run.folder / CHECKPOINT)
         self.step, self.spent, self.history = state["step"], state["epoch_seconds"], state["history"]
         self.recorded = state["histograms"]
         self.sums[:2] = torch.tensor(state["epoch_sums"], device=self.device)
-        if state["data"] != self.checksum or self.step // self.steps_per_epoch != len(self.history):
-            raise ValueError(f"the data in {config['data_root']} are not those with which {run.folder} was begun")
+        if self.step // self.steps_per_epoch != len(self.history):
+            raise ValueError(
+                f"{run.folder / CHECKPOINT} is damaged: step {self.step} is not in epoch {len(self.history)}"
+            )
 
     def _save(self, sums, seconds):
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step)
         state |= dict(epoch_sums=sums, epoch_seconds=seconds, history=self.history, histograms=self.recorded)
-        self.run.save(state | dict(data=self.checksum))
+        self.run.save(state | dict(data=self.run.data))
 
     @property
     def over(self):

@@ -57,7 +57,16 @@ MOMENTUM = 0.9
 FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
 WHAT = dict(arch="vgg8") | FULL | NEURONS | dict(data="digits", data_root="./data", seed=0)
-COMMANDS = ("resume", "eval", "out", "device", "plain", "give_up", "recipes")  # options that are no setting of a run
+COMMANDS = (
+    "resume",
+    "eval",
+    "other_data",
+    "out",
+    "device",
+    "plain",
+    "give_up",
+    "recipes",
+)  # options that are no setting of a run
 
 
 def recipe(data, arch, model):
@@ -187,6 +196,7 @@ def parse(argv=None):
     p.add_argument("--out", help="run folder (runs/<data>-<arch>-<model>-...)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
+    p.add_argument("--other-data", action="store_true", default=None, help="with --eval: also on data of another run")
     p.add_argument("--recipes", action="store_true", default=None, help="print the table of recipes")
     return p.parse_args(argv)
 

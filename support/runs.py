@@ -42,10 +42,11 @@ except ImportError:  # Windows
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 SEAL = hashlib.sha256().digest_size  # bytes
 # What the files must hold, and may hold more of; see `misfit`.
-BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict}
+DATA = {"classes": [str], "shape": [int], "train": str, "test": str}  # see `data.identity`
+BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict, "data": DATA}
 ROW = {"epoch": int, "test_accuracy": float, "seconds": float}
 STATE = {"model": dict, "optimizer": {"state": dict}, "step": int, "epoch_sums": (float, float), "history": [ROW]}
-STATE |= {"epoch_seconds": float, "histograms": list, "config": dict, "data": int}
+STATE |= {"epoch_seconds": float, "histograms": list, "config": dict, "data": DATA}
 STATE |= {"best": [BEST_STATE]}  # empty before the first epoch's end
 
 
@@ -123,11 +124,12 @@ class Run:
     """
 
     def __init__(self, folder, config=None):
-        self.folder, self.best = Path(folder), []
-        self.quoted = quoted(folder)
+        self.folder, self.best = Path(folder).expanduser(), []
+        self.quoted = quoted(self.folder)
         self.config = config  # as config.json has it
         self.writes = self.new = False  # a process that has not locked the folder does not write
         self.unwritten = False  # whether that is still to be written, or again
+        self.data = None  # what is remembered of them, see `data.identity`
         self.after_epoch = None  # a function of the history, called when an epoch is saved
         if config is None:
             self.config = self._read_config()
@@ -159,7 +161,8 @@ class Run:
             choose: where there is a run in the folder, or another process, take the first of folder-2, folder-3, ...
                 that is free. Else that is a ValueError.
         """
-        n, candidate = 1, Path(folder)
+        folder = Path(folder).expanduser()
+        n, candidate = 1, folder
         while True:
             try:
                 return cls._claim(candidate, config)
@@ -240,7 +243,8 @@ class Run:
         """Remembers the network if this epoch's row of the history has the best test accuracy so far."""
         if not self.best or row["test_accuracy"] > self.best[0]["accuracy"]:
             copy = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-            self.best = [dict(model=copy, epoch=row["epoch"], accuracy=row["test_accuracy"], config=self.config)]
+            self.best = [dict(model=copy, epoch=row["epoch"], accuracy=row["test_accuracy"])]
+            self.best[0] |= dict(config=self.config, data=self.data)
 
     def save(self, state):
         """Writes checkpoint.pt, keeping the one before, then what follows from it: best.pt if new, and the rest."""
@@ -271,9 +275,17 @@ class Run:
         if name == PREVIOUS:  # or the next save would put the damaged one in its place
             replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
         print(f"{self.folder} goes on at step {state['step']}, after {len(state['history'])} epochs")
-        self.best = state["best"]
+        self.best, self.data = state["best"], state["data"]
+        if state["config"].get("epochs") != self.config.get("epochs"):  # it was killed when it was made longer
+            self.extend(state["config"].get("epochs"))
         self._derive(state, new=self.best)
         return state
+
+    def extend(self, epochs):
+        """Another number of epochs; it is written with the next save. The run is not finished then."""
+        self.config = self.config | dict(epochs=epochs)
+        self.unwritten = True
+        (self.folder / "result.json").unlink(missing_ok=True)
 
     def load(self, name=CHECKPOINT):
         """The state in checkpoint.pt, or the one before if that is damaged; or what is, or should be, in best.pt.
@@ -330,7 +342,7 @@ class Run:
         if part := misfit(state, kind):
             raise ValueError(f"{foreign}: {part} is missing in it or not what it should be")
         for key, value in state["config"].items() if self.config is not None else ():
-            if key != "data_root" and value != self.config.get(key):
+            if key not in ("data_root", "epochs") and value != self.config.get(key):
                 raise ValueError(
                     f"{path} belongs to another network or training than config.json says: it was saved with "
                     f"{key}={value}, not {self.config.get(key)}"
@@ -357,7 +369,7 @@ class Run:
             best = max(history, key=lambda row: row["test_accuracy"])
             result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"])
             result |= dict(best_epoch=best["epoch"], epochs=len(history), train_seconds=round(seconds, 1))
-        result |= dict(torch=torch.__version__, config=self.config)
+        result |= dict(torch=torch.__version__, config=self.config, data=self.data)
         if self.writes:
             write_atomically(self.folder / "result.json", _json(result))
         last = f", test accuracy {accuracies[-1]:.2%}" if history else ""

@@ -90,8 +90,8 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match=r"class folder .*b has no image"):
         data.load("folder", root)
     root = make_folder(tmp_path / "b", {"a": (2, 1), "b": (2, 1)})
-    (root / "train" / "b" / "notes.txt").write_text("not an image")
-    with pytest.raises(ValueError, match=r"notes\.txt cannot be read as an image"):
+    (root / "train" / "b" / "notes.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"notes\.png cannot be read as an image"):
         data.load("folder", root)
     root = make_folder(tmp_path / "c", {"a": (2, 1), "b": (2, 1)})
     (root / "test" / "c").mkdir()

@@ -220,9 +220,11 @@ def test_image_files(tmp_path_factory, file, name):
     root = tmp_path_factory.getbasetemp() / "folder"
     shutil.rmtree(root, ignore_errors=True)
     for split in ("train", "test"):
-        (root / split / "a").mkdir(parents=True)
+        for kind in "ab":
+            (root / split / kind).mkdir(parents=True)
+            Image.new("L", (1, 1)).save(root / split / kind / "x.png")
+    (root / "train" / "a" / "x.png").unlink()
     (root / "train" / "a" / name).write_bytes(file)
-    Image.new("L", (1, 1)).save(root / "test" / "a" / "x.png")
     before = tree(root)
     with no_hang():
         try:
@@ -230,7 +232,7 @@ def test_image_files(tmp_path_factory, file, name):
         except ValueError as error:
             assert name in str(error)
         else:
-            assert x.shape == (1, 3, 32, 32) and file
+            assert x.shape == (2, 3, 32, 32) and file
     assert tree(root) == before
 
 

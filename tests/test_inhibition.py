@@ -119,6 +119,30 @@ def test_starts_with_the_absolute_values_of_kaiming():
         assert (w >= 0).all() and w.square().mean().item() == pytest.approx(2 / fan_in, rel=0.02)
 
 
+@pytest.mark.parametrize("ste", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "2d"])
+def test_ste_reaches_the_division(kind, ste):
+    """Only where I_div = 0 although I_EE is not I_sub does it matter."""
+    circuit, x = circuit_and_input(kind, 0.05, ste=ste)
+    x = x.detach()[1:].requires_grad_()
+    with torch.no_grad():
+        x[:, :3] = 1  # no sample is silent
+        circuit.w_ei[2] = 0  # as Dale's law may leave it: I_div = 0, I_EE > 0
+    grad, found = torch.randn_like(circuit(x)), []
+    for form in (circuit, lambda x: equations(circuit, x)):
+        found.append(torch.autograd.grad(form(x), [x, *circuit.parameters()], grad))
+    circuit.ste = not ste
+    other = torch.autograd.grad(circuit(x), [x, *circuit.parameters()], grad)
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < 1e-4
+    assert max(relative_error(a, b) for a, b in zip(other, found[0], strict=True)) > 0.01
+
+
+def test_a_dense_circuit_knows_silent_samples():
+    x = torch.tensor([[0.0, 0, 0], [0, 0.1, 0]])
+    assert EICircuit(3, 8).is_reached(x).tolist() == [[False], [True]] and EICircuit.needs_batch
+
+
 def test_currents_are_the_equations_by_hand():
     circuit = EICircuit(3, 2)  # one inhibitory neuron
     with torch.no_grad():

@@ -189,7 +189,7 @@ def test_width_multiplies_the_maps_and_leaves_at_least_4():
         widths = [m.stem.circuit.n_e for m in (build("resnet18", width=w).encoder for w in (0.01, 0.25, 1.5))]
         assert widths == [4, 16, 96]
         assert [c.n_e for c in circuits(build("resnet18", width=0.02))][-6:] == [10, 10, 10, 10, 10, 10]
-        assert build("resnet18", width=0.5).n_features if False else build("resnet18", width=0.5).readout.fan_in == 256
+        assert build("resnet18", width=0.5).readout.fan_in == 256
         assert [c.n_e for c in circuits(build("vgg8", plan=[8, "P", 20], width=0.5))] == [4, 10, 10]
         assert [c.n_e for c in circuits(build("vgg8", plan=[2, "P", 3]))] == [2, 3, 10]  # a plan is taken as it is
     assert build("vgg8", width=0.01, T=1)(torch.rand(1, 3, 32, 32)).shape == (1, 10)

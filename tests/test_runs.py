@@ -17,8 +17,15 @@ ROW = dict(epoch=1, test_accuracy=0.5, seconds=2.5)
 STATE = dict(
     model={"w": torch.arange(6.0)}, optimizer={"state": {}}, step=3, epoch_sums=[0.5, 1.0], history=[ROW], best=[]
 )
-STATE |= dict(histograms=[], epoch_seconds=1.5, data=7)
+DATA = dict(classes=["a", "b"], shape=[1, 2, 2], train="4 samples", test="2 samples")
+STATE |= dict(histograms=[], epoch_seconds=1.5, data=DATA)
 KEPT = [".lock", "checkpoint.pt", "config.json", "histograms.json", "metrics.csv"]
+
+
+def create(folder, config, **options):
+    run = Run.create(folder, config, **options)
+    run.data = DATA
+    return run
 
 
 def names(folder):
@@ -31,7 +38,7 @@ def forge(path, state):
 
 
 def test_a_run_folder_round_trip(tmp_path):
-    run = Run.create(tmp_path / "r", dict(arch="vgg8"))
+    run = create(tmp_path / "r", dict(arch="vgg8"))
     run.save(STATE)
     again = Run(tmp_path / "r")
     assert again.config == dict(arch="vgg8")
@@ -48,7 +55,7 @@ def test_a_run_folder_round_trip(tmp_path):
 
 
 def test_the_best_epoch_is_kept(tmp_path):
-    run, network, history = Run.create(tmp_path / "r", {}), nn.Linear(1, 1), []
+    run, network, history = create(tmp_path / "r", {}), nn.Linear(1, 1), []
     for epoch, accuracy in enumerate([0.2, 0.7, 0.7, 0.4], 1):
         nn.init.constant_(network.weight, epoch)
         history.append(dict(epoch=epoch, test_accuracy=accuracy, seconds=1.0))
@@ -60,19 +67,19 @@ def test_the_best_epoch_is_kept(tmp_path):
 
 
 def chosen(folder):
-    run = Run.create(folder, {}, choose=True)
+    run = create(folder, {}, choose=True)
     run.close()
     return run.folder
 
 
 def test_an_existing_run_is_never_overwritten(tmp_path):
-    run = Run.create(tmp_path / "r", dict(arch="vgg11"))
+    run = create(tmp_path / "r", dict(arch="vgg11"))
     run.close()
     assert not (tmp_path / "r").exists()  # nothing was saved, so nothing is lost
     assert chosen(tmp_path / "r") == tmp_path / "r"
-    Run.create(tmp_path / "r", {}).save(STATE)
+    create(tmp_path / "r", {}).save(STATE)
     with pytest.raises(ValueError, match="already holds a run"):
-        Run.create(tmp_path / "r", {})
+        create(tmp_path / "r", {})
     assert chosen(tmp_path / "r") == tmp_path / "r-2" and not (tmp_path / "r-2").exists()
     (tmp_path / "r-2").mkdir()
     (tmp_path / "r-2" / "config.json").touch()
@@ -80,13 +87,13 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     (tmp_path / "r-3").mkdir()
     (tmp_path / "r-3" / "checkpoint.prev.pt").touch()  # the rest of one is not written over either
     with pytest.raises(ValueError, match="already holds a run"):
-        Run.create(tmp_path / "r-3", {})
+        create(tmp_path / "r-3", {})
     assert chosen(tmp_path / "r") == tmp_path / "r-4"
 
 
 def test_two_trainings_that_start_at_once_take_two_folders(tmp_path):
-    first = Run.create(tmp_path / "r", {}, choose=True)
-    second = Run.create(tmp_path / "r", {}, choose=True)  # nothing is saved in the first one yet
+    first = create(tmp_path / "r", {}, choose=True)
+    second = create(tmp_path / "r", {}, choose=True)  # nothing is saved in the first one yet
     assert [first.folder.name, second.folder.name] == ["r", "r-2"]
     first.save(STATE)
     second.close()
@@ -99,7 +106,7 @@ def test_two_trainings_that_start_at_once_take_two_folders(tmp_path):
 
 @pytest.mark.parametrize("times", [2, 1000])
 def test_a_file_that_a_scanner_holds_for_a_moment(times, tmp_path, monkeypatch):
-    run, original, calls = Run.create(tmp_path / "r", {}), os.replace, []
+    run, original, calls = create(tmp_path / "r", {}), os.replace, []
 
     def held(source, target):
         calls.append(target)
@@ -130,18 +137,18 @@ def test_without_fcntl_the_lock_is_windows_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "fcntl", None)
     monkeypatch.setattr(runs, "msvcrt", Msvcrt)
-    first, second = (Run.create(tmp_path / "r", {}, choose=True) for _ in range(2))
+    first, second = (create(tmp_path / "r", {}, choose=True) for _ in range(2))
     assert (first.folder.name, second.folder.name) == ("r", "r-2")
     monkeypatch.setattr(runs, "msvcrt", None)  # neither: nothing is locked, and it works all the same
     first.close()
-    Run.create(tmp_path / "s", {}).save(STATE)
+    create(tmp_path / "s", {}).save(STATE)
     assert Run(tmp_path / "s").resume()["step"] == 3
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_what_was_there_survives_a_full_disk(tmp_path, monkeypatch, call):
     """Whichever of the writes of a `save` is the one for which there is no space."""
-    run = Run.create(tmp_path / "r", {})
+    run = create(tmp_path / "r", {})
     run.keep_best(nn.Linear(2, 2), ROW)
     run.save(STATE)
     original, writes, failing = getattr(os, call), 0, 0
@@ -170,7 +177,7 @@ def test_what_was_there_survives_a_full_disk(tmp_path, monkeypatch, call):
 @pytest.mark.parametrize("renames", range(6))
 def test_killed_before_any_of_the_renames(tmp_path, renames):
     """A save renames the old checkpoint, the new one, best.pt and two more: a kill between any two is harmless."""
-    run = Run.create(tmp_path / "r", dict(lr=1.0))
+    run = create(tmp_path / "r", dict(lr=1.0))
     run.save(STATE)
     pid = os.fork()
     if pid == 0:
@@ -215,7 +222,7 @@ HOW = ["truncated", "empty", "longer", 0, 10, 50, 80, 97, 99]
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, how, capsys):
-    run = Run.create(tmp_path / "r", {})
+    run = create(tmp_path / "r", {})
     run.save(STATE)
     damage(run.folder / "checkpoint.pt", how)
     with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged .* checksum"):
@@ -235,7 +242,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, how, 
 
 @pytest.mark.parametrize("how", [*HOW, "missing"])
 def test_best_and_settings_are_recovered_from_the_checkpoint(tmp_path, how, capsys):
-    run = Run.create(tmp_path / "r", dict(arch="vgg8", lr=0.5))
+    run = create(tmp_path / "r", dict(arch="vgg8", lr=0.5))
     run.keep_best(nn.Linear(2, 2), ROW)
     run.save(STATE)
     before = {name: (run.folder / name).read_bytes() for name in ("best.pt", "config.json", "metrics.csv")}
@@ -253,7 +260,7 @@ def test_best_and_settings_are_recovered_from_the_checkpoint(tmp_path, how, caps
 
 
 def test_settings_that_were_changed_are_refused(tmp_path):
-    Run.create(tmp_path / "r", dict(lr=0.5, data_root="here")).save(STATE)
+    create(tmp_path / "r", dict(lr=0.5, data_root="here")).save(STATE)
     (tmp_path / "r" / "config.json").write_text(json.dumps(dict(lr=0.25, data_root="there")))
     with pytest.raises(ValueError, match=r"saved with lr=0\.5, not 0\.25"):
         Run(tmp_path / "r").load()
@@ -265,14 +272,14 @@ def test_settings_that_were_changed_are_refused(tmp_path):
 
 
 def test_a_folder_is_trained_in_by_one_at_a_time(tmp_path):
-    run = Run.create(tmp_path / "r", {})
+    run = create(tmp_path / "r", {})
     run.save(STATE)
     other = Run(tmp_path / "r")  # to read it is allowed
     assert other.load()["step"] == 3
     with pytest.raises(ValueError, match="in use"):
         other.resume()
     with pytest.raises(ValueError, match="in use"):
-        Run.create(tmp_path / "r", {})
+        create(tmp_path / "r", {})
     del run
     assert other.resume()["step"] == 3
 
@@ -284,7 +291,7 @@ class Malicious:
 
 @pytest.mark.parametrize("kind", ["pickle", "checkpoint", "sealed"])
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, kind):
-    run = Run.create(tmp_path / "r", {})
+    run = create(tmp_path / "r", {})
     bomb, path = Malicious(), tmp_path / "r" / "checkpoint.pt"
     bomb.target = tmp_path / "ran"
     if kind == "pickle":
