@@ -60,8 +60,8 @@ class EICircuit(nn.Module):
         ValueError: a size below 1, or an eps that is neither positive nor a name in `STABILIZERS`.
     """
 
-    free = ("b_e",)  # parameters that may be negative
-    needs_batch = True  # E-I Init measures the first training batch
+    free = ("b_e",)  # parameters that may be negative; DANN has one more
+    needs_batch = True  # E-I Init measures the first training batch; DANN draws its weights without one
 
     def __init__(self, in_features, n_e, ei_ratio=4, readout=False, eps="adaptive", ste=True, grad_scaling=True):
         super().__init__()
@@ -89,9 +89,10 @@ class EICircuit(nn.Module):
 
         It is exactly 0 where no neuron of the receptive field is active. The mask makes sure of that: some algorithms
         of convolution (Winograd, FFT) leave rounding noise of both signs there, and the noise would be taken for the
-        smallest positive I_div. The gradient passes as if there were no mask.
+        smallest positive I_div. The gradient passes as if there were no mask; else silent positions would lose theirs,
+        as with a ReLU.
         """
-        current = self.product(x, w)  # (N, n, ...)
+        current = self.product(x, w).to(w.dtype)  # (N, n, ...); with torch.autocast the product alone has 16 bits
         return straight_through(current, current * self.is_reached(x))
 
     def product(self, x, w):
@@ -103,7 +104,7 @@ class EICircuit(nn.Module):
 
     def lateral(self, w_ei, s):
         """Lateral inhibition W_EI s, at each position alone: (n_E, n_I), (N, n_I, ...) -> (N, n_E, ...)."""
-        return torch.einsum("ei,ni...->ne...", w_ei, s)
+        return torch.einsum("ei,ni...->ne...", w_ei, s).to(w_ei.dtype)
 
     def inhibition(self):
         """W_IE, W_EI and g_I. Here the gradient of W_EI is multiplied by 1/d (E-I Prop). A readout has no g_I."""

@@ -23,7 +23,7 @@ from torch import nn
 class Spike(torch.autograd.Function):
     """s = 1 if u >= theta else 0, with the surrogate gradient (paper, surrogate gradient; the formulas are above)."""
 
-    generate_vmap_rule = True  # torch.func.vmap and torch.func.grad work too
+    generate_vmap_rule = True  # with this, and with `setup_context` apart from `forward`, torch.func works too
 
     @staticmethod
     def forward(u, threshold, alpha):
@@ -69,8 +69,8 @@ def simulate(current, tau=2.0, threshold=1.0, alpha=4.0):
         raise ValueError(f"lif: the current needs a first axis of at least one time step, not {tuple(current.shape)}")
     u = s = torch.zeros_like(current[0])  # u[0-] = 0, s[0-] = 0, each (...)
     potentials, spikes = [], []
-    for i in current:  # I[t], (...)
-        u = (1 - 1 / tau) * (u - threshold * s.detach()) + i  # u[t], (...); `detach`: no gradient through the reset
+    for i_t in current:  # I[t], (...)
+        u = (1 - 1 / tau) * (u - threshold * s.detach()) + i_t  # u[t], (...); `detach`: no gradient through the reset
         s = Spike.apply(u, threshold, alpha)  # s[t], (...)
         potentials.append(u)
         spikes.append(s)

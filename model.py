@@ -12,6 +12,7 @@ To get the spikes of layer 3 for some images:
     model(images)
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -19,6 +20,7 @@ from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 
+# The names count three dense layers at the end, of the original VGG; here one readout stands in their place.
 # 3x3 convolutions. "P" is 2x2 average pooling, a number is a circuit of so many excitatory maps, and its LIF neurons.
 PLANS = {
     "vgg8": [64, "P", 128, "P", 256, "P", 512, "P", 512, "P"],
@@ -77,7 +79,7 @@ class VGG(nn.Module):
 
 class Block(nn.Module):
     """A basic block of SEW-ResNet: the spikes of two layers, added to the block's input, or to the spikes of a shortcut
-    layer where the shape changes."""
+    layer where the shape changes. The sum is a whole number >= 0, no longer 0 or 1; the next circuit needs no more."""
 
     def __init__(self, in_channels, n_e, stride, layer):
         super().__init__()
@@ -116,24 +118,50 @@ class Network(nn.Module):
     forward: images (B, C, S, S), or frames (B, T, C, S, S), intensities or counts >= 0 -> logits (B, classes).
     """
 
+    check_values = True  # a training looks at its numbers by itself
+
     def __init__(self, encoder, readout, T, in_channels, image_size):
         super().__init__()
         self.encoder, self.readout = encoder, readout
         self.T, self.in_channels, self.image_size = T, in_channels, image_size
 
     def forward(self, x):
-        image = (self.in_channels, self.image_size, self.image_size)
+        self.check(x)
         frames = x.dim() == 5
-        if x.shape[-3:] != image or x.dim() != 4 + frames:
-            raise ValueError(
-                f"the network was built for images of {image} (channels, height, width), not {(*x.shape,)}"
-            )
-        if frames and x.shape[1] != self.T:
-            raise ValueError(f"the network runs for T={self.T} time steps, but the data have {x.shape[1]} frames")
         x = x.transpose(0, 1) if frames else x.expand(self.T, *x.shape)  # (T, B, C, S, S)
         features = self.encoder(x)  # (T, B, F)
         logits = self.readout(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (T, B, classes)
         return logits.mean(0)  # (B, classes)
+
+    def check(self, x):
+        """Refuses what is no input of this network, and says why."""
+        image = (self.in_channels, self.image_size, self.image_size)
+        if x.shape[-3:] != image or x.dim() not in (4, 5):
+            single = ": a single image needs a batch axis, x[None]" if x.dim() == 3 else ""
+            raise ValueError(
+                f"the network was built for images of {image} (channels, height, width), not {(*x.shape,)}{single}"
+            )
+        if x.dim() == 5 and x.shape[1] != self.T:
+            raise ValueError(f"the network runs for T={self.T} time steps, but the data have {x.shape[1]} frames")
+        if len(x) == 0:
+            raise ValueError("the batch is empty: its first axis has no sample")
+        wanted = next(self.parameters()).dtype
+        if not x.is_floating_point():
+            raise ValueError(f"the images are {x.dtype}: give intensities in [0, 1], e.g. images.float() / 255")
+        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"the images are {x.dtype}, but the network is {wanted}: convert one of them")
+        if self.check_values and x.device.type == "cpu":  # elsewhere it would wait for the device
+            try:
+                finite, low = bool(x.isfinite().all()), float(x.min())
+            except RuntimeError:  # under torch.func.vmap no value can be looked at
+                return
+            if not finite:
+                raise ValueError("the images have values that are not finite (NaN or infinity)")
+            if low < 0 and circuits(self):
+                raise ValueError(
+                    f"the images have negative values (down to {low:.3g}), as after subtracting a mean: the circuit "
+                    "needs intensities in [0, 1], or it would divide by I_div of any sign"
+                )
 
 
 def build(
@@ -169,7 +197,7 @@ def build(
 
     Returns:
         A module: images (B, C, S, S) or frames (B, T, C, S, S) -> logits (B, n_classes). Its E-I circuits are to be
-        initialised by `ei_init.initialize` with the first batch.
+        initialised by `ei_init.initialize` with the first batch; before that, the layers are silent and learn nothing.
 
     Raises:
         ValueError: an unknown arch or kind, a size below 1, a plan for a ResNet, images too small, a neuron or circuit
@@ -184,20 +212,23 @@ def build(
             f"sizes must be at least 1 and the width positive, not in_channels={in_channels}, n_classes={n_classes}, "
             f"T={T}, width={width}"
         )
-    if plan is None and image_size < 32:
-        raise ValueError(f"images of {image_size}x{image_size} pixels are too small: {arch} needs 32x32 or more")
+    needed = 32 if arch == "resnet18" else 2 ** PLANS[arch].count("P")  # each pooling halves the side
+    if plan is None and image_size < needed:
+        raise ValueError(
+            f"images of {image_size}x{image_size} pixels are too small: {arch} needs {needed}x{needed} or more"
+        )
 
     def maps(n):
         return n if width == 1 else max(4, round(n * width))
 
-    circuit = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling) if kind == "ei" else {}
+    options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling) if kind == "ei" else {}
     if kind == "dann":
-        circuit = dict(ei_ratio=ei_ratio)
+        options = dict(ei_ratio=ei_ratio)
     conv = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)[kind]
 
     def layer(*args, **kwargs):
         neuron = nn.ReLU() if kind == "dann" else LIF(tau, threshold, alpha)
-        return Layer(conv(*args, **kwargs, **circuit), neuron)
+        return Layer(conv(*args, **kwargs, **options), neuron)
 
     if arch == "resnet18":
         if plan is not None:
@@ -207,7 +238,7 @@ def build(
         plan = [n if n == "P" else maps(n) for n in plan or PLANS[arch]]
         encoder = VGG(plan, in_channels, image_size, layer)
     if kind in ("ei", "dann"):
-        readout = dict(ei=EICircuit, dann=DANNCircuit)[kind](encoder.n_features, n_classes, readout=True, **circuit)
+        readout = dict(ei=EICircuit, dann=DANNCircuit)[kind](encoder.n_features, n_classes, readout=True, **options)
     else:
         readout = nn.Linear(encoder.n_features, n_classes)
     return Network(encoder, readout, T, in_channels, image_size)

@@ -95,7 +95,7 @@ def run_all(args, device):
             if len(history) == 1:
                 seconds = history[0]["seconds"]
                 hours = seconds * left / 3600
-                print(f"{seconds:.1f} s an epoch; {left} epochs are left in all: about {hours:.1f} hours at this pace")
+                print(f"{seconds:.1f} s an epoch; {left} epochs in all are left: about {hours:.2g} hours at this pace")
 
         status = train.work(run, config, args, device, folder, tell)
         if status:

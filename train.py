@@ -115,7 +115,7 @@ def evaluate(model, x, y, batch_size=100):
         sums[2 + i] += spikes.mean() * spikes.shape[1]
 
     hooks = [layer.register_forward_hook(partial(count_spikes, i=i)) for i, layer in enumerate(layers(model))]
-    with hooked(model, hooks):  # as in testing
+    with hooked(model, hooks):  # in evaluation mode; afterwards the hooks are gone
         for images, labels in zip(
             parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True
         ):

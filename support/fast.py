@@ -145,24 +145,28 @@ class FastCircuit(EICircuit):
         return self.w_ie, w_ei, None if self.readout else self.g_i
 
     def fused_synapses(self, x, w):
-        currents = self.product(x, w)
+        currents = self.product(x, w).to(w.dtype)
         with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
             currents.mul_(self.is_reached(x).to(currents.dtype))
         return currents
 
     def forward(self, x):
-        w_ie, w_ei, g_i = self.fused_inhibition()
-        w_balanced = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)
+        with torch.autocast(x.device.type, enabled=False):
+            w_ie, w_ei, g_i = self.fused_inhibition()
+            w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)
+            if not self.readout:
+                w = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w  # g_E scales what the division scales
+                w = torch.cat([w, w_ie])
+        currents = self.fused_synapses(x, w)  # with torch.autocast in 16 bits, and nothing else
         if self.readout:
-            return self.fused_synapses(x, w_balanced)
-        w_balanced = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w_balanced  # g_E scales what the division scales
-        currents = self.fused_synapses(x, torch.cat([w_balanced, w_ie]))
-        w_div = w_ei * g_i  # g_I goes with the synapse in place of the activity
-        if self.ste or self.eps not in ei_prop.STABILIZERS:
-            return gain_control(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
-        balanced, s_i = currents.split([self.n_e, self.n_i], 1)
-        b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
-        return ei_prop.divide(balanced, self.lateral(w_div, s_i), self.eps, self.ste) + b_e
+            return currents
+        with torch.autocast(x.device.type, enabled=False):
+            w_div = w_ei * g_i  # g_I goes with the synapse in place of the activity
+            if self.ste or self.eps not in ei_prop.STABILIZERS:
+                return gain_control(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
+            balanced, s_i = currents.split([self.n_e, self.n_i], 1)
+            b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
+            return ei_prop.divide(balanced, self.lateral(w_div, s_i), self.eps, self.ste) + b_e
 
 
 class FastCircuit2d(FastCircuit, EICircuit2d):

@@ -94,4 +94,5 @@ def total(x):
 
 def wrap(model):
     """The network with gradients that are averaged over the processes; every process starts from the first one's."""
-    return DistributedDataParallel(model) if world() > 1 else model
+    # An edited circuit may have parameters that its readout does not use.
+    return DistributedDataParallel(model, find_unused_parameters=True) if world() > 1 else model

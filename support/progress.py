@@ -14,6 +14,8 @@ from support import data, parallel
 from support.measure import first_nonfinite, histograms
 from support.runs import CHECKPOINT, restore
 
+SAY_EVERY = 60.0  # seconds
+
 
 class StopRequest:
     """While it is open, Ctrl-C and SIGTERM only set `signal`, so that the training can save its state and end.
@@ -121,9 +123,13 @@ class Progress:
 
     def epochs(self):
         """The epochs that are left, from 0, until the end or until the training has to stop."""
-        with StopRequest() as self.stop:
-            while self.step < self.config["epochs"] * self.steps_per_epoch and not self.over:
-                yield self.step // self.steps_per_epoch
+        self.model.check_values = False  # `add` does that, and names the layer
+        try:
+            with StopRequest() as self.stop:
+                while self.step < self.config["epochs"] * self.steps_per_epoch and not self.over:
+                    yield self.step // self.steps_per_epoch
+        finally:
+            self.model.check_values = True
 
     def batches(self, epoch):
         """The steps that are left of an epoch: the number of the step, and its input and labels, on the device.
@@ -136,6 +142,7 @@ class Progress:
         self.interrupted = True
         bar = tqdm(total=len(order), initial=first, leave=False, disable=bool(parallel.rank()) or None)
         bar.set_description(f"epoch {epoch + 1}/{self.config['epochs']}")
+        said = time.perf_counter()
         with bar:
             for i in range(first, len(order)):
                 self.x, self.y = data.training_batch(self.config, self.dataset, order[i], self.step)
@@ -151,7 +158,11 @@ class Progress:
                     return
                 bar.update(i + 1 - bar.n)
                 rate = (i + 1) * len(self.y) / (time.perf_counter() - self.start)
-                bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}, {rate:.0f} images/s")
+                how_far = f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}, {rate:.0f} images/s"
+                bar.set_postfix_str(how_far)
+                if bar.disable and not last and time.perf_counter() - said > SAY_EVERY:  # no terminal shows the bar
+                    print(f"epoch {epoch + 1}, step {i + 1}/{len(order)}: {how_far}", flush=True)
+                    said = time.perf_counter()
                 if stopped:
                     self.stopped = self.stop.signal or signal.SIGTERM  # of another process
                     if not last:

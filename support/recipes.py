@@ -83,7 +83,10 @@ def table():
     cells = [("data", "arch", "model", *COLUMNS)]
     cells += [(*row[:3], *(f"{value:g}" for value in row[3])) for row in RECIPES]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = ["The first row that fits data, arch and model is the recipe; * fits all.", ""]
+    return lines + [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
 
 
 def settings(args):

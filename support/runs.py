@@ -274,7 +274,7 @@ class Run:
         name, state = self._newest()
         if name == PREVIOUS:  # or the next save would put the damaged one in its place
             replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
-        print(f"{self.folder} goes on at step {state['step']}, after {len(state['history'])} epochs")
+        print(f"{self.folder} goes on at step {state['step']}, with {len(state['history'])} epochs behind it")
         self.best, self.data = state["best"], state["data"]
         if state["config"].get("epochs") != self.config.get("epochs"):  # it was killed when it was made longer
             self.extend(state["config"].get("epochs"))

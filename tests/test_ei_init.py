@@ -129,8 +129,12 @@ def test_input_that_is_no_activity_is_refused(value, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         ei_init(circuit, x)
     assert all(torch.equal(v, before[k]) for k, v in circuit.state_dict().items())
+    network = build("vgg8", plan=NARROW)
+    with pytest.raises(ValueError, match=r"^the images have .*(negative values|not finite)"):
+        initialize(network, x)
+    network.check_values = False
     with pytest.raises(ValueError, match=rf"^layer encoder\.stages\.0\.circuit: {message}"):
-        initialize(build("vgg8", plan=NARROW), x)
+        initialize(network, x)
 
 
 def test_a_refusal_leaves_no_hook():

@@ -395,7 +395,7 @@ EDITS = {  # name: (file, text, its replacement)
     "strictly above": ("lif.py", "(u >= threshold)", "(u > threshold)"),
     "gradient through the reset": ("lif.py", "threshold * s.detach()", "threshold * s"),
     "hard reset": ("lif.py", "(u - threshold * s.detach())", "u * (1 - s.detach())"),
-    "decay of the input": ("lif.py", "+ i  # u[t]", "+ i / tau  # u[t]"),
+    "decay of the input": ("lif.py", "+ i_t  # u[t]", "+ i_t / tau  # u[t]"),
     "power of 1/d": ("inhibition.py", "(self.w_ei, 1 / self.fan_in)", "(self.w_ei, self.fan_in**-0.5)"),
     "g_E of b_E": ("inhibition.py", "i_int = g_e * quotient + b_e", "i_int = g_e * (quotient + b_e)"),
     "I_sub without W_EI": ("inhibition.py", "i_sub = self.lateral(w_ei, s_i)", "i_sub = s_i.mean(1, keepdim=True)"),

@@ -7,6 +7,7 @@ from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 from lif import LIF
 from model import ARCHS, KINDS, PLANS, AvgPool, Layer, ResNet18, build, circuits, layers
+from support.fast import accelerate
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 
@@ -130,7 +131,7 @@ def test_refuses(arguments, message):
         build(**arguments)
 
 
-NOT_AN_IMAGE = r"^the network was built for images of \(3, 32, 32\) \(channels, height, width\), not \({}\)$"
+NOT_AN_IMAGE = r"^the network was built for images of \(3, 32, 32\) \(channels, height, width\), not \({}\)"
 
 
 @pytest.mark.parametrize(
@@ -290,3 +291,46 @@ def test_the_hook_of_the_docstring():
     layers(model)[2].register_forward_hook(lambda layer, inputs, spikes: seen.append((inputs[0].shape, spikes.shape)))
     model(torch.rand(3, 3, 32, 32))
     assert seen == [((2, 3, 16, 8, 8), (2, 3, 32, 8, 8))]
+
+
+def test_what_is_no_input_is_named():
+    model = build("vgg8", plan=NARROW, T=2)
+    x = torch.rand(2, 3, 32, 32)
+    cases = [
+        (x[0], "batch axis"),
+        (x[:0], "empty"),
+        ((255 * x).byte(), r"uint8.*/ 255"),
+        (x.double(), "float64, but the network is torch.float32"),
+        (x - 0.5, "negative values"),
+        (torch.full_like(x, float("nan")), "not finite"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(wrong)
+    build("vgg8", plan=NARROW, T=2, kind="bn")(x - 0.5)  # weights of any sign: it may be negative
+    kept = x.clone()
+    model(x)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("form", ["plain", "fast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trains_under_autocast(dtype, form):
+    model = build("vgg8", in_channels=1, n_classes=2, T=2, plan=[8, "P", 16, "P"])
+    y = torch.arange(16) % 2
+    x = torch.rand(16, 1, 32, 32) * 0.2
+    x[y == 1, :, :16] += 0.7
+    initialize(model, x)
+    if form == "fast":
+        assert not accelerate(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        clamp_dale(model)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and all(p.isfinite().all() for p in model.parameters())

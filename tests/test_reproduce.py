@@ -47,7 +47,7 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(options, tmp_path, c
     assert reproduce.main(suite) == 0
     out = capsys.readouterr().out
     assert out.count("finished before") == 1 and "run 3 of 3: folder-vgg8-ei-width0.1-eps1e-06-seed0" in out
-    assert "s an epoch; 1 epochs are left in all" in out
+    assert "s an epoch; 1 epochs in all are left" in out
     assert len(list(tmp_path.glob("*/result.json"))) == 3
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith("| network") and len([line for line in lines if "vgg8" in line]) == 3
