@@ -9,7 +9,7 @@ The circuit divides by I_div, and I_div is exactly 0 where no presynaptic neuron
    gradient to I_div. But the gradient to I_EE - I_sub is g / eps (g is the gradient of the quotient). The weights get
    nothing of it, because x = 0 there; it goes on to x, to the layers below. With eps = 1e-8 it is 1e8 g.
 2. Straight-through estimator (`stabilize`, backward). The replacement counts as the identity: the gradient reaches
-   I_div itself, and not the one element that lent its value. At silent receptive fields this changes nothing, because
+   I_div itself, and not the one element whose value was used. At silent receptive fields this changes nothing, because
    the gradient to I_div is 0 there (1.). It matters where I_div = 0 although I_EE differs from I_sub, which happens
    when weights or gains are clamped to 0. `visualize.py stabilizer` counts how often that is.
 3. Gradient scaling (`scale_gradient`). The gradient of W_EI is multiplied by 1/d, d being the fan-in of a neuron.
@@ -82,9 +82,7 @@ def scale_gradient(w, factor):
 
 
 if __name__ == "__main__":
-    print(
-        "One sample with four positions. The second is silent: I_EE = I_sub = I_div = 0. In the third I_div is 0 too,"
-    )
+    print("One sample with four positions. The second is silent: I_EE = I_sub = I_div = 0. In the third I_div is 0,")
     print("but I_EE - I_sub is not (its inhibitory weights were clamped to 0). Loss: the sum of the quotients.\n")
     balanced = torch.tensor([[0.6, 0.0, -0.3, 0.4]], requires_grad=True)  # I_EE - I_sub, (N, 4)
     i_div = torch.tensor([[2.0, 0.0, 0.0, 0.5]], requires_grad=True)  # (N, 4)

@@ -182,9 +182,7 @@ def clamp_dale(model):
 if __name__ == "__main__":
     print("Five inputs, four excitatory neurons, one interneuron. All weights from the interneuron are 1, g_I = 0.5.\n")
     circuit = EICircuit(in_features=5, n_e=4)
-    x = torch.tensor(
-        [[1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
-    )  # (N, 5): two samples, the second is silent
+    x = torch.tensor([[1.0, 0, 1, 0, 1], [0.0, 0, 0, 0, 0]])  # (N, 5): two samples, the second is silent
     with torch.no_grad():
         circuit.w_ee.copy_(torch.tensor([[2, 0, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 2, 0], [0, 3, 1, 0, 1]]))
         circuit.w_ie.copy_(torch.tensor([[1, 1, 0, 0, 1]]))

@@ -85,7 +85,7 @@ def augment_cifar10_dvs(x, generator):
     which, middle = uniform(0, 3).floor(), (S - 1) / 2
     angle = uniform(-30, 30).deg2rad() * (which == 1)
     down, right = (uniform(-5, 6).floor() * (which == 0) for _ in range(2))
-    # Where in the cropped frame each pixel (i, j) of the result looks: no interpolation, hence one choice of pixels.
+    # Where in the cropped frame each pixel (i, j) of the result looks: no interpolation, so one choice of pixels.
     i, j = pixels[:, None] - middle, pixels - middle
     row = (angle.cos() * i - angle.sin() * j + middle).round()
     column = (angle.sin() * i + angle.cos() * j + middle).round()

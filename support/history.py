@@ -14,7 +14,7 @@ from model import KINDS
 from support.console import quoted
 from support.measure import BINS
 from support.recipes import COLUMNS, FULL, WHAT, option, parse, settings
-from support.runs import holds_run, misfit, reopen
+from support.runs import bad_part, holds_run, reopen
 
 # By these settings runs are chosen in a folder that has several. Not every kind of network has each of the last four.
 CHOICES = ("data", "arch", "seed", "width", "ei_ratio", "tau", "threshold", "alpha")
@@ -72,7 +72,7 @@ class Trained:
 
         def read(file):
             result = dict(best_epoch=0, best_test_accuracy=0.0) | json.load(file)
-            if part := misfit(result, dict(outcome=str, best_epoch=int, best_test_accuracy=float)):
+            if part := bad_part(result, dict(outcome=str, best_epoch=int, best_test_accuracy=float)):
                 raise ValueError(f"{part} is missing or not what it should be")
             if result["best_epoch"] == 0:
                 return result["outcome"], None, None

@@ -134,7 +134,7 @@ class Progress:
     def batches(self, epoch):
         """The steps that are left of an epoch: the number of the step, and its input and labels, on the device.
 
-        Reading a number waits for a GPU, hence it happens once in 20 steps there.
+        Reading a number waits for a GPU, so it happens once in 20 steps there.
         """
         read_every = 1 if self.device.type == "cpu" else 20
         order = data.epoch_order(self.config, self.dataset, epoch)

@@ -9,11 +9,11 @@ the paper may skip this file.
     histograms.json     how I_int and u of each layer are distributed (`measure.histograms`), at the start and after
                         each epoch
     result.json         the outcome, when the run has ended
-    .lock               held by the process that trains, and let go by the system however that ends
+    .lock               held by the process that trains; the system frees it when that process ends, however it ends
 
 Every file is written under another name, brought to the disk and then renamed, so that at any moment each is either the
 old or the new one, whole; the .pt files end in a SHA-256 of what precedes it. Random numbers are drawn from generators
-seeded by (seed, step), hence the state of a training is its parameters, the optimiser's, and a few counts; nothing else
+seeded by (seed, step), so the state of a training is its parameters, the optimiser's, and a few counts; nothing else
 has to be restored, and on a CPU a resumed run ends with the same bits as one that was never stopped.
 """
 
@@ -41,7 +41,7 @@ except ImportError:  # Windows
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 SEAL = hashlib.sha256().digest_size  # bytes
-# What the files must hold, and may hold more of; see `misfit`.
+# What the files must hold, and may hold more of; see `bad_part`.
 DATA = {"classes": [str], "shape": [int], "train": str, "test": str}  # see `data.identity`
 BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict, "data": DATA}
 ROW = {"epoch": int, "test_accuracy": float, "seconds": float}
@@ -50,7 +50,7 @@ STATE |= {"epoch_seconds": float, "histograms": list, "config": dict, "data": DA
 STATE |= {"best": [BEST_STATE]}  # empty before the first epoch's end
 
 
-def misfit(value, kind, name="it"):
+def bad_part(value, kind, name="it"):
     """The name of the first part of `value` that is not of its kind; None if all are.
 
     A kind is a type (float: any number), a dict of kinds, a list of one kind for all elements, or a tuple of kinds for
@@ -65,7 +65,7 @@ def misfit(value, kind, name="it"):
         parts = [(v, of, name) for v, of in zip(value, kind, strict=True)] if fits else None
     else:
         parts = [] if isinstance(value, (int, float) if kind is float else kind) else None
-    return name if parts is None else next(filter(None, (misfit(*part) for part in parts)), None)
+    return name if parts is None else next(filter(None, (bad_part(*part) for part in parts)), None)
 
 
 def replace(source, target, seconds=1.0):
@@ -339,7 +339,7 @@ class Run:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # a foreign pickle fails in many ways, and is refused here too
             raise ValueError(f"{foreign}: {first_line(error)}") from None
-        if part := misfit(state, kind):
+        if part := bad_part(state, kind):
             raise ValueError(f"{foreign}: {part} is missing in it or not what it should be")
         for key, value in state["config"].items() if self.config is not None else ():
             if key not in ("data_root", "epochs") and value != self.config.get(key):

@@ -7,10 +7,10 @@ import contextlib
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -26,6 +26,12 @@ from support import data, runs
 from support.recipes import option, parse
 from support.recipes import settings as settings_of
 from support.runs import Run
+
+if sys.platform == "win32":
+    pytest.skip("it limits time and memory as POSIX systems do", allow_module_level=True)
+
+
+import resource
 
 
 def cases(n):

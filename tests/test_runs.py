@@ -11,7 +11,7 @@ from torch import nn
 from support import runs
 from support.progress import StopRequest
 from support.recipes import run_name
-from support.runs import Run, misfit, outcome, restore
+from support.runs import Run, bad_part, outcome, restore
 
 ROW = dict(epoch=1, test_accuracy=0.5, seconds=2.5)
 STATE = dict(
@@ -174,6 +174,7 @@ def test_what_was_there_survives_a_full_disk(tmp_path, monkeypatch, call):
     assert writes == last and run.load()["step"] == 9
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 @pytest.mark.parametrize("renames", range(6))
 def test_killed_before_any_of_the_renames(tmp_path, renames):
     """A save renames the old checkpoint, the new one, best.pt and two more: a kill between any two is harmless."""
@@ -320,10 +321,10 @@ def test_other_contents_are_refused(tmp_path):
         Run(tmp_path).load()
 
 
-def test_misfit_names_the_part():
+def test_bad_part_names_the_part():
     kind = dict(a=int, b=[dict(c=float)], d=(float, float))
     good = dict(a=1, b=[dict(c=1, more=2), dict(c=0.5)], d=[1.0, 2], e=None)
-    assert misfit(good, kind) is None and misfit(good | dict(b=[]), kind) is None
+    assert bad_part(good, kind) is None and bad_part(good | dict(b=[]), kind) is None
     bad = (
         dict(a="1"),
         dict(a=1.5),
@@ -333,8 +334,8 @@ def test_misfit_names_the_part():
         dict(d=[1.0]),
         dict(d=[1.0, ""]),
     )
-    assert [misfit(good | b, kind) for b in bad] == ["a", "a", "b", "c", "c", "d", "d"]
-    assert misfit([], kind) == "it"
+    assert [bad_part(good | b, kind) for b in bad] == ["a", "a", "b", "c", "c", "d", "d"]
+    assert bad_part([], kind) == "it"
 
 
 def test_an_optimizer_takes_only_what_fits():

@@ -4,7 +4,6 @@ Each training is a process of its own, see `soak.start`; on the CPU, with a narr
 """
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,9 @@ import pytest
 import soak
 
 from support.runs import Run
+
+if sys.platform == "win32":
+    pytest.skip("it sends signals and limits resources as POSIX systems do", allow_module_level=True)
 
 EPOCHS = 4
 
@@ -146,6 +148,8 @@ def slow_disk():
 
 
 def limit_files(n):
+    import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 
 
