@@ -130,8 +130,8 @@ def draw_gradients(args):
         x, y = first_batch(config, dataset)
         F.cross_entropy(model(x), y).backward()
         for parameter, axis in zip(PARAMETERS, axes.flat, strict=True):
-            found = [c for c in circuits(model) if hasattr(c, parameter)]  # the readout has only the weights
-            norms = [getattr(circuit, parameter).grad.norm().item() for circuit in found]
+            found = [getattr(c, parameter, None) for c in circuits(model)]  # the readout has only the weights
+            norms = [p.grad.norm().item() for p in found if p is not None and p.grad is not None]
             by = range(1, len(norms) + 1)
             rows += long_rows("gradient_norm", norms, variant=[name], parameter=[parameter], layer=by)
             axis.plot(by, norms, label=name, **style)

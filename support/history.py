@@ -156,7 +156,7 @@ def trained_runs(args):
         raise Missing(f"{folder} has no such run in it: {' '.join(command)}")
     place = f"in {folder}: {' '.join(command)}"
     if holds_run(folder):
-        place = f"beside {folder}, for that is one run. Give the folder of all runs, after: {' '.join(command)}"
+        place = f"in {folder}, which is one run; this figure compares several. First: {' '.join(command)}"
     for run in runs:
         run.place = place  # where the others are or will be, for messages
     return runs
