@@ -114,6 +114,7 @@ def evaluate(model, x, y, batch_size=100):
     def count_spikes(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
         sums[2 + i] += spikes.mean() * spikes.shape[1]
 
+    parallel.same_buffers(model)
     hooks = [layer.register_forward_hook(partial(count_spikes, i=i)) for i, layer in enumerate(layers(model))]
     with hooked(model, hooks):  # in evaluation mode; afterwards the hooks are gone
         for images, labels in zip(

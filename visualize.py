@@ -6,7 +6,6 @@ figure as a CSV file. Orange is excitation and blue is inhibition. `python visua
 
 import contextlib
 import copy
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -130,9 +129,9 @@ def draw_gradients(args):
         x, y = first_batch(config, dataset)
         F.cross_entropy(model(x), y).backward()
         for parameter, axis in zip(PARAMETERS, axes.flat, strict=True):
-            found = [getattr(c, parameter, None) for c in circuits(model)]  # the readout has only the weights
-            norms = [p.grad.norm().item() for p in found if p is not None and p.grad is not None]
-            by = range(1, len(norms) + 1)
+            found = {i: getattr(c, parameter, None) for i, c in enumerate(circuits(model), 1)}  # not all in the readout
+            by = [i for i, p in found.items() if p is not None and p.grad is not None]
+            norms = [found[i].grad.norm().item() for i in by]
             rows += long_rows("gradient_norm", norms, variant=[name], parameter=[parameter], layer=by)
             axis.plot(by, norms, label=name, **style)
     for parameter, axis in zip(PARAMETERS, axes.flat, strict=True):
@@ -432,9 +431,9 @@ def command(argv):
         args.out = Path(args.runs, "figures") if holds_run(args.runs) else Path("figures")
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:
-        torch.manual_seed(0)
         try:
-            with matplotlib.rc_context(plots.STYLE):
+            with matplotlib.rc_context(plots.STYLE), torch.random.fork_rng():
+                torch.manual_seed(0)
                 FIGURES[name](args)
         except (ValueError, OSError) as error:
             if args.figure != "all":
@@ -447,4 +446,4 @@ def command(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 
 class Forgiving:
@@ -94,3 +95,15 @@ def quoted(path):
 def first_line(error):
     """What an exception says, in one line."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def replace(source, target, seconds=1.0):
+    """`os.replace`, tried again for a second where another program (a virus scanner) holds the file for a moment."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)

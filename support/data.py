@@ -26,6 +26,7 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from support.augment import augment, augment_cifar10_dvs, augment_gesture
+from support.console import replace
 from support.events import EVENT_DATA, parts, recordings
 
 
@@ -51,7 +52,13 @@ class Dataset:
     def __post_init__(self):
         if isinstance(self.classes, int):
             self.classes = [str(i) for i in range(self.classes)]
+        if self.n_classes < 2:
+            raise ValueError("there is only one class: there is nothing to tell apart")
         for split, x, y in (("training", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
+            if len(x) == 0:
+                raise ValueError(f"the {split} set is empty")
+            if x.dim() == 4 and x.dtype != torch.uint8 and not x.is_floating_point() and x.max() > 255:
+                raise ValueError(f"the {split} images have values up to {x.max()}: give them as 0 to 255 (uint8)")
             if x.is_floating_point() or x.dtype == torch.bool or (x.dtype != torch.uint8 and x.min() < 0):
                 raise ValueError(
                     f"the {split} images are {x.dtype} from {x.min().item():.3g} to {x.max().item():.3g}; the circuit "
@@ -177,12 +184,13 @@ def _folder(root):
 
     The test set is in test/, or in val/ where there is no test/ or one without class folders (without labels, that is).
     """
+    train_files, train_y, classes = _listing(root / "train")
     test = root / "test"
-    if (root / "val").is_dir() and not (test.is_dir() and any(d.is_dir() for d in test.iterdir())):
+    if (root / "val").is_dir() and not any((test / name).is_dir() for name in classes):
         if test.is_dir():
             print(f"{test} has no class folders, so no labels: {root / 'val'} is the test set")
         test = root / "val"
-    (train_files, train_y, classes), (test_files, test_y, test_classes) = _listing(root / "train"), _listing(test)
+    test_files, test_y, test_classes = _listing(test)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))[0]
         raise ValueError(f"{root}: the class {odd!r} is not in both train and {test.name}")
@@ -237,8 +245,8 @@ def _cached(root, files, shape, decode):
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
         torch.save(dict(key=key, x=x), temporary)
-        temporary.replace(cache)
-        for old in root.glob(f"{cache.stem}-*.pt"):  # of earlier versions
+        replace(temporary, cache)
+        for old in [*root.glob(f"{cache.stem}-*.pt"), *root.glob(f"{cache.name}.*")]:  # of earlier versions, or killed
             old.unlink()
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
@@ -248,17 +256,12 @@ def _cached(root, files, shape, decode):
 
 
 def _digest(file):
-    """A checksum of a file's contents; of a large one of its size, its time and three parts of it."""
-    part = 2**18
+    """A checksum of a file's contents."""
+    found = hashlib.blake2b(digest_size=16)
     with open(file, "rb") as opened:
-        about = os.stat(file)
-        if about.st_size <= 4 * part:
-            return hashlib.blake2b(opened.read(), digest_size=16).digest()
-        found = hashlib.blake2b(repr((about.st_size, about.st_mtime_ns)).encode(), digest_size=16)
-        for start in (0, about.st_size // 2, about.st_size - part):
-            opened.seek(start)
-            found.update(opened.read(part))
-        return found.digest()
+        while block := opened.read(2**20):
+            found.update(block)
+    return found.digest()
 
 
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif"}
@@ -331,6 +334,7 @@ def _decode(file, size):
                 raise ValueError(f"it says that it has {image.width} x {image.height} pixels, which is too large")
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+            image_format = image.format
             bits = 16 if image.mode.startswith("I;16") or image.format == "PNG" else 32
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # `convert` would cut it off at 255
@@ -338,7 +342,11 @@ def _decode(file, size):
                 low, high = image.getextrema()
                 if low < 0 or high > 65535:
                     raise ValueError(f"its pixels go from {low} to {high}; save it with 8 or 16 bits a channel")
-                if bits == 16 or high > 255:  # 32 bits that hold at most 255 are 8 bits
+                if image_format == "TIFF" and 255 < high < 4096:
+                    raise ValueError(
+                        f"its pixels go up to {high}, so it is not clear what is white; save it with 8 bits"
+                    )
+                if high > 255 or (bits == 16 and image_format != "TIFF"):  # a TIFF that holds at most 255 has 8 bits
                     image = image.point(lambda value: value * (1 / 257))
                 image = image.convert("L")
             image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)

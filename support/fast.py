@@ -29,6 +29,7 @@ from baselines import DANN, DANNCircuit, DANNCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 from model import AvgPool, Layer, Network
+from support.measure import hooked
 
 # ---- the LIF neuron --------------------------------------------------------------------------------------------------
 
@@ -306,14 +307,8 @@ def inputs_of(model, batch):
             seen.add(kind)
             found[module] = args[0]
 
-    training = model.training
-    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if type(m) in FORMS]
-    try:
-        model.eval()(batch)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with hooked(model, [m.register_forward_pre_hook(note) for m in model.modules() if type(m) in FORMS]):
+        model(batch)
     return found
 
 
@@ -405,6 +400,7 @@ def ei_prop_is_same(circuit, rand):
     """The functions of `ei_prop.py` beside those that stand in their place here."""
     n, n_e = 4, 6
     x = rand(n, 2 * n_e, 5)  # I_EE - I_sub and I_div
+    x[:, n_e:] *= 10 ** (-9 * rand(n, n_e, 5))  # of all sizes
     x[:, n_e:] *= rand(n, 1, 5) < 0.7
     x[0, n_e:] = 0  # a silent sample
     identity, zero = torch.eye(n_e).to(x), torch.zeros(n_e).to(x)

@@ -23,12 +23,16 @@ def hooked(model, hooks, training=False):
 
     hooks: what `register_forward_hook` and its like return.
     """
+    modes = {module: module.training for module in model.modules()}
     with ExitStack() as after:
-        after.callback(model.train, model.training)
         for hook in hooks:
             after.enter_context(hook)
         model.train(training)
-        yield
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 # ---- populations -----------------------------------------------------------------------------------------------------

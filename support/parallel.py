@@ -60,7 +60,7 @@ def joined(device):
         return
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first one may have data to decode
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere:
         with contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
             try:
                 yield
@@ -90,6 +90,13 @@ def total(x):
     if world() > 1:
         dist.all_reduce(x)
     return x
+
+
+def same_buffers(model):
+    """Gives every process the first one's running statistics (BN-SNN), which differ a little after a step."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wrap(model):

@@ -111,11 +111,20 @@ class Progress:
             raise ValueError(
                 f"{run.folder / CHECKPOINT} is damaged: step {self.step} is not in epoch {len(self.history)}"
             )
+        if run.unwritten:  # it has another number of epochs now
+            self._save(state["epoch_sums"], state["epoch_seconds"])
 
     def _save(self, sums, seconds):
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step)
         state |= dict(epoch_sums=sums, epoch_seconds=seconds, history=self.history, histograms=self.recorded)
         self.run.save(state | dict(data=self.run.data))
+
+    def _is_finite(self):
+        """Whether all that would be saved of the network is finite; if not, the layer that is not ends the training."""
+        if all(value.isfinite().all() for value in self.model.state_dict().values()):
+            return True
+        self.stopped, self.broken = None, first_nonfinite(self.model, self.x, self.y)
+        return False
 
     @property
     def over(self):
@@ -166,7 +175,8 @@ class Progress:
                 if stopped:
                     self.stopped = self.stop.signal or signal.SIGTERM  # of another process
                     if not last:
-                        self._save([loss, accuracy], time.perf_counter() - self.start)
+                        if self._is_finite():
+                            self._save([loss, accuracy], time.perf_counter() - self.start)
                         return
         self.interrupted = False
         self.means = loss / len(order), accuracy / len(order)
@@ -188,8 +198,9 @@ class Progress:
 
     def end_epoch(self, lr, test_loss, test_accuracy, rates):
         """Keeps what came out of an epoch and of the test at its end, and saves it."""
-        if not math.isfinite(test_loss) or not all(p.isfinite().all() for p in self.model.parameters()):
-            self.broken = first_nonfinite(self.model, self.x, self.y)
+        if not math.isfinite(test_loss) or not self._is_finite():
+            self.broken = self.broken or first_nonfinite(self.model, self.x, self.y)
+            self.stopped = None
             return
         epoch = len(self.history) + 1
         row = dict(epoch=epoch, lr=lr, train_loss=self.means[0], train_accuracy=self.means[1])

@@ -23,13 +23,12 @@ import hashlib
 import io
 import json
 import os
-import time
 import weakref
 from pathlib import Path
 
 import torch
 
-from support.console import first_line, quoted
+from support.console import first_line, quoted, replace
 from support.recipes import option, parse, settings
 
 fcntl = msvcrt = None
@@ -66,18 +65,6 @@ def bad_part(value, kind, name="it"):
     else:
         parts = [] if isinstance(value, (int, float) if kind is float else kind) else None
     return name if parts is None else next(filter(None, (bad_part(*part) for part in parts)), None)
-
-
-def replace(source, target, seconds=1.0):
-    """`os.replace`, tried again for a second where another program (a virus scanner) holds the file for a moment."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
 
 
 def write_atomically(path, data, previous=None):
@@ -257,6 +244,7 @@ class Run:
     def _derive(self, state, new):
         if self.unwritten:
             write_atomically(self.folder / "config.json", _json(self.config))
+            (self.folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
             self.unwritten = False
         if new:
             write_atomically(self.folder / BEST, _sealed(self.best[0]))
@@ -285,7 +273,6 @@ class Run:
         """Another number of epochs; it is written with the next save. The run is not finished then."""
         self.config = self.config | dict(epochs=epochs)
         self.unwritten = True
-        (self.folder / "result.json").unlink(missing_ok=True)
 
     def load(self, name=CHECKPOINT):
         """The state in checkpoint.pt, or the one before if that is damaged; or what is, or should be, in best.pt.

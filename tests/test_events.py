@@ -4,6 +4,7 @@ DVS-Gesture's are `.npy` arrays, as its distribution has them; CIFAR10-DVS's are
 the camera's maker (dv-processing, which .ci/run installs; without it the tests of those are skipped).
 """
 
+import shutil
 import sys
 import time
 
@@ -16,7 +17,7 @@ import train
 from ei_init import initialize
 from inhibition import clamp_dale
 from model import PLANS, build
-from support import augment, data, recipes
+from support import augment, data, events, recipes
 
 
 def random_events(rng, n=1000):
@@ -113,8 +114,8 @@ def test_a_busy_pixel_is_counted_in_a_wider_type(gestures):
 def test_recordings_are_decoded_once_for_each_T_and_size(gestures, tonic, monkeypatch):
     first = data.load("dvs-gesture", gestures, 48, T=4)
     decoded = []
-    original = tonic.datasets.DVSGesture.__getitem__
-    monkeypatch.setattr(tonic.datasets.DVSGesture, "__getitem__", lambda d, i: decoded.append(i) or original(d, i))
+    original = events.count
+    monkeypatch.setattr(events, "count", lambda found, T: decoded.append(T) or original(found, T))
     again = data.load("dvs-gesture", gestures, 48, T=4)
     assert not decoded and torch.equal(first.train_x, again.train_x) and torch.equal(first.test_x, again.test_x)
     assert data.load("dvs-gesture", gestures, 48, T=5).train_x.shape[1] == 5 and len(decoded) == 6
@@ -124,6 +125,40 @@ def test_recordings_are_decoded_once_for_each_T_and_size(gestures, tonic, monkey
     assert len(decoded) == 18 and not torch.equal(first.train_x[0], changed.train_x[0])
 
 
+@pytest.mark.parametrize(
+    "column, values, message",
+    [
+        (3, [np.nan], "time"),
+        (0, [-1.0], "x of an event"),
+        (1, [65539.0], "y of an event"),
+        (0, [3.7], "not a whole number"),
+        (2, [2.0, 3.0], "polarities"),
+    ],
+)
+def test_a_bad_event_in_a_file_is_refused_with_its_name(column, values, message, gestures, tmp_path):
+    shutil.copytree(gestures, tmp_path / "g")
+    file = sorted((tmp_path / "g").rglob("*.npy"))[0]
+    found = np.load(file).astype(float)
+    found[: len(values), column] = values
+    np.save(file, found)
+    with pytest.raises(ValueError, match=rf"{file.name} cannot be read as a recording of dvs-gesture: .*{message}"):
+        data.load("dvs-gesture", tmp_path / "g", 32, T=3)
+
+
+def test_signed_polarities_and_shuffled_events_in_a_file_are_put_right(gestures, tmp_path):
+    expected = data.load("dvs-gesture", gestures, 32, T=3)
+    shutil.copytree(gestures, tmp_path / "g")
+    for file in (tmp_path / "g").rglob("*.npy"):
+        found = np.load(file).astype(float)
+        found[:, 2] = 2 * found[:, 2] - 1
+        order = np.argsort(found[:, 3], kind="stable")
+        if len(set(found[:, 3])) == len(found):  # no two at the same time: their order is unambiguous
+            found = found[np.concatenate([order[::2], order[1::2]])]
+        np.save(file, found)
+    got = data.load("dvs-gesture", tmp_path / "g", 32, T=3)
+    assert torch.equal(expected.train_x, got.train_x) and torch.equal(expected.test_x, got.test_x)
+
+
 @pytest.fixture(scope="module")
 def cifar10_dvs(tmp_path_factory):
     """Ten recordings of two of the ten classes, and what was written: {class: [events]}."""
@@ -131,8 +166,8 @@ def cifar10_dvs(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("cifar10-dvs"), np.random.default_rng(1)
     written = {"cat": [random_events(rng, 300) for _ in range(10)], "truck": [random_events(rng) for _ in range(10)]}
     for name, recordings in written.items():
-        for i, events in enumerate(recordings):
-            save_cifar10_dvs(root, name, i, events)
+        for i, found in enumerate(recordings):
+            save_cifar10_dvs(root, name, i, found)
     return root, written
 
 

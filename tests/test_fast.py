@@ -413,6 +413,11 @@ EDITS = {  # name: (file, text, its replacement)
         "return value + (x - value).detach() * 0",
     ),
     "added to all": ("ei_prop.py", "torch.where(i_div > 0, i_div, borrowed)", "i_div + borrowed"),
+    "at least 1e-6": (
+        "ei_prop.py",
+        "    return positive.amin(tuple(range(1, i_div.dim())), keepdim=True)",
+        "    return positive.amin(tuple(range(1, i_div.dim())), keepdim=True).clamp(min=1e-6)",
+    ),
     "mean, not smallest": (
         "ei_prop.py",
         "    return positive.amin(tuple(range(1, i_div.dim())), keepdim=True)",
@@ -479,6 +484,7 @@ ALSO = {  # edits that need a second replacement to run
 }
 SAME = {"last step"}  # the fused network calls the plain forward: an edit there needs no word
 NUMBERS_STAY = {
+    "at least 1e-6",
     "strictly above",
     "learnable tau",
     "learnable threshold",

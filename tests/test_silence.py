@@ -20,6 +20,7 @@ from PIL import Image
 
 import train
 from support import console, data, events, parallel, progress
+from support.measure import hooked
 from support.runs import Run
 
 HERE = Path(train.__file__).parent
@@ -113,6 +114,10 @@ def test_a_longer_schedule(run, capsys):
     config = Run(run).config
     assert float(rows[2]["lr"]) == train.learning_rate(config, 5, 2)  # on the cosine of four epochs
     assert main("--eval", run) == 0 and main("--resume", run) == 0
+    shutil.copytree(run, run.with_name("copy"))
+    assert "no folder" in fails(capsys, "--resume", run, "--epochs", 9, "--data-root", run / "nowhere")
+    for name in ("result.json", "config.json", "checkpoint.pt"):  # nothing is lost by that
+        assert (run / name).read_bytes() == (run.with_name("copy") / name).read_bytes()
     assert "4 epochs behind it: --epochs 3 is too few" in fails(capsys, "--resume", run, "--epochs", 3)
     assert "was made with lr=" in fails(capsys, "--resume", run, "--lr", 1)
 
@@ -280,6 +285,7 @@ def test_a_test_folder_without_labels_gives_way_to_val(images, capsys):
     expected = data.load("folder", images).test_x
     (images / "test").mkdir()
     Image.new("RGB", (4, 4)).save(images / "test" / "1.png")
+    (images / "test" / "images").mkdir()  # as some competitions have it
     assert torch.equal(data.load("folder", images).test_x, expected)
     assert "has no class folders" in capsys.readouterr().out
 
@@ -301,8 +307,8 @@ def test_integer_tiffs_orientation_and_transparency(tmp_path):
     eight, wide = decoded(grey.astype(np.uint8)), grey.astype(np.uint8).astype(np.int32) * 257
     assert (decoded(wide) - eight).abs().max() <= 1  # 16 bits in 32
     assert (decoded(grey.astype(np.uint8).astype(np.int32)) - eight).abs().max() <= 1  # 8 bits in 32
-    for bad in (wide * 1000, -wide):
-        with pytest.raises(ValueError, match="pixels go from"):
+    for bad in (wide * 1000, -wide, wide // 17, (wide // 17).astype(np.uint16)):  # 12 bits are not clear either
+        with pytest.raises(ValueError, match="pixels go"):
             decoded(bad)
     exif = Image.Exif()
     exif[274] = 3  # upside down
@@ -360,3 +366,31 @@ def test_the_process_group_is_gone_at_the_end(monkeypatch):
 def test_to_input_leaves_its_argument():
     x = torch.full((1, 1, 2, 2), 255.0)
     assert data.to_input(x).max() == 1 and x.min() == 255
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(train_x=torch.rand(4, 1, 2, 2)), "non-negative input"),
+        (dict(train_x=torch.full((4, 1, 2, 2), 65535, dtype=torch.int64)), "0 to 255"),
+        (dict(test_x=torch.zeros(0, 1, 2, 2).byte(), test_y=torch.zeros(0).long()), "test set is empty"),
+        (dict(train_y=torch.tensor([0, 1, 2, 0])), "labels go from 0 to 2"),
+        (dict(train_y=torch.tensor([0, 1])), "4 training images, but 2 labels"),
+        (dict(classes=1), "only one class"),
+    ],
+)
+def test_one_s_own_data_are_checked(change, message):
+    x, y = torch.zeros(4, 1, 2, 2).byte(), torch.tensor([0, 1, 0, 1])
+    good = dict(train_x=x, train_y=y, test_x=x, test_y=y, classes=2)
+    data.Dataset(**good)
+    with pytest.raises(ValueError, match=message):
+        data.Dataset(**good | change)
+
+
+def test_the_modes_of_all_modules_are_as_before():
+    model = train.build("vgg8", width=0.1, T=1)
+    model.encoder.stages[0].eval()
+    before = [m.training for m in model.modules()]
+    with hooked(model, []):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before
