@@ -32,15 +32,14 @@ def make(config, device):
 
 
 def first_batch(config, dataset):
-    """The images of the first training step, (B, C, H, W), or frames (B, T, C, H, W)."""
-    images, _ = data.training_batch(config, dataset, data.epoch_order(config, dataset, 0)[0], step=0)
-    return images
+    """Input, (B, C, H, W) or frames (B, T, C, H, W), and labels, (B,), of the first training step."""
+    return data.training_batch(config, dataset, data.epoch_order(config, dataset, 0)[0], step=0)
 
 
 def prepare(config, dataset, model):
     """E-I Init with the first training batch, once, before the first step. A control keeps its |Kaiming| weights."""
     if config["init"] == "ei":
-        initialize(model, first_batch(config, dataset))
+        initialize(model, first_batch(config, dataset)[0])
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -68,7 +67,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     if state is None:
         prepare(config, dataset, model)
     if not plain:
-        accelerate(model, first_batch(config, dataset))
+        accelerate(model, first_batch(config, dataset)[0])
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)

@@ -39,11 +39,6 @@ def draw_circuit(args):
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def first_batch(config, dataset):
-    """Input and labels of the first training step."""
-    return data.training_batch(config, dataset, data.epoch_order(config, dataset, 0)[0], 0)
-
-
 def networks_of(run, fast=True):
     """The dataset of a run, and its network at initialisation and after training, at its best epoch: a dict.
 
@@ -54,7 +49,7 @@ def networks_of(run, fast=True):
     dataset, before = train.make(run.config, device)
     train.prepare(run.config, dataset, before)
     if fast:
-        accelerate(before, first_batch(run.config, dataset)[0])
+        accelerate(before, train.first_batch(run.config, dataset)[0])
     after = copy.deepcopy(before)
     restore(after, run.run.load("best.pt")["model"], run.folder / "best.pt")
     return dataset, {BEFORE: before.eval(), AFTER: after.eval()}
@@ -126,7 +121,7 @@ def draw_gradients(args):
     for (name, options), style in zip(variants.items(), STYLES, strict=False):
         dataset, model = train.make({**config, **options}, torch.device("cpu"))
         train.prepare(config, dataset, model)
-        x, y = first_batch(config, dataset)
+        x, y = train.first_batch(config, dataset)
         F.cross_entropy(model(x), y).backward()
         for parameter, axis in zip(PARAMETERS, axes.flat, strict=True):
             found = {i: getattr(c, parameter, None) for i, c in enumerate(circuits(model), 1)}  # not all in the readout
@@ -157,7 +152,7 @@ def draw_stabilizer(args):
         dataset, network = train.make(config, pick_device())
         train.prepare(config, dataset, network)
         networks = {BEFORE: network}
-    x, y = first_batch(config, dataset)
+    x, y = train.first_batch(config, dataset)
     width = plots.PAGE if len(networks) == 2 else 5.4
     figure, axes = panels(4.4, 2, len(networks), width, sharex=True, sharey="row")
     rows = []

@@ -388,7 +388,7 @@ def test_a_network_learns_the_direction_of_motion(tmp_path, tonic):
         assert torch.equal(x[y == 0], x[y == 1].flip(1))
     config = dict(seed=0, batch_size=16, epochs=8, lr=0.004, warmup_epochs=1, warmup_from=1e-7)
     model = build("vgg8", d.in_channels, 2, T=T, image_size=16, plan=["P", 32, 32, "P", 32, "P"])
-    initialize(model, train.first_batch(config, d))
+    initialize(model, train.first_batch(config, d)[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4, fused=True)
     step = 0
     for epoch in range(config["epochs"]):

@@ -196,7 +196,7 @@ def test_stabilizer(suite, tmp_path):
     rows = draw("stabilizer", suite)
     assert len(rows) == 2 * 5 * len(VARIANTS)
     dataset, networks = visualize.networks_of(run_of(suite, "ei"), fast=False)
-    x, y = visualize.first_batch(run_of(suite, "ei").config, dataset)
+    x, y = visualize.train.first_batch(run_of(suite, "ei").config, dataset)
     for when, net in networks.items():
         of = [row for row in rows if row["when"] == when]
         zeros = (circuits(net)[0].currents(x)["i_div"] == 0).float().mean().item()
