@@ -66,7 +66,7 @@ class Dataset:
                 )
             if len(x) != len(y):
                 raise ValueError(f"there are {len(x)} {split} images, but {len(y)} labels")
-            if len(y) and not (y.min() >= 0 and y.max() < self.n_classes):
+            if not (y.min() >= 0 and y.max() < self.n_classes):
                 raise ValueError(
                     f"the {split} labels go from {y.min()} to {y.max()}, but there are {self.n_classes} classes, from 0"
                 )

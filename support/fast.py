@@ -316,9 +316,8 @@ def compare(model, batch):
     """The files that compute something else than the fused forms, see `accelerate`.
 
     Each pair gets the same input and the same incoming gradient, so that a spike that rounding flips does not spread
-    from layer to layer. They are compared in float64 where the device has it. The weights are varied, for E-I Init
-    makes many of them equal, which would hide differences; some inputs and weights are set to 0, so that zeros of
-    I_div occur.
+    from layer to layer. They are compared in float64. The weights are varied, for E-I Init makes many of them equal,
+    which would hide differences; some inputs and weights are set to 0, so that zeros of I_div occur.
     """
     device, dtype = next(model.parameters()).device, torch.float64
     generator = torch.Generator().manual_seed(0)
@@ -387,11 +386,10 @@ def same(plain, fast, x, rand, still=False):
         except Exception:  # the fused form lacks something, or the plain one takes no such probe: they differ
             return False
         results.append([out.detach(), *gradients])
-    relative, absolute = (1e-6, 1e-9) if x.dtype == torch.float64 else (1e-3, 1e-4)
     for a, b in zip(*results, strict=True):
         if a.shape != b.shape:
             return False
-        if not ((a - b).abs() <= relative * a.abs() + absolute * a.square().mean().sqrt()).all():
+        if not ((a - b).abs() <= 1e-6 * a.abs() + 1e-9 * a.square().mean().sqrt()).all():
             return False
     return True
 

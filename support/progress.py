@@ -121,10 +121,14 @@ class Progress:
 
     def _is_finite(self):
         """Whether all that would be saved of the network is finite; if not, the layer that is not ends the training."""
-        if all(value.isfinite().all() for value in self.model.state_dict().values()):
-            return True
+        finite = all(value.isfinite().all() for value in self.model.state_dict().values())
+        if not finite:
+            self._break()
+        return finite
+
+    def _break(self):
+        """Ends the training because of a number that is not finite, and finds out in which layer."""
         self.stopped, self.broken = None, first_nonfinite(self.model, self.x, self.y)
-        return False
 
     @property
     def over(self):
@@ -163,7 +167,7 @@ class Progress:
                 self.sums[2] = self.stop.signal is not None
                 loss, accuracy, stopped, bad = (parallel.total(self.sums.clone()) / parallel.world()).tolist()
                 if bad:
-                    self.broken = first_nonfinite(self.model, self.x, self.y)
+                    self._break()
                     return
                 bar.update(i + 1 - bar.n)
                 rate = (i + 1) * len(self.y) / (time.perf_counter() - self.start)
@@ -188,8 +192,8 @@ class Progress:
         training ends when that is read.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
-        finite = (loss.detach() + largest).isfinite()
+        extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])  # NaN passes through
+        finite = loss.detach().isfinite() & extremes.isfinite().all()
         accuracy = (logits.detach().argmax(1) == y).float().mean()
         self.sums += torch.stack([loss.detach(), accuracy, torch.zeros_like(loss), (~finite).to(loss.dtype)])
         if self.device.type != "cpu" or not finite:
@@ -198,9 +202,9 @@ class Progress:
 
     def end_epoch(self, lr, test_loss, test_accuracy, rates):
         """Keeps what came out of an epoch and of the test at its end, and saves it."""
-        if not math.isfinite(test_loss) or not self._is_finite():
-            self.broken = self.broken or first_nonfinite(self.model, self.x, self.y)
-            self.stopped = None
+        if not math.isfinite(test_loss):
+            self._break()
+        if self.broken or not self._is_finite():
             return
         epoch = len(self.history) + 1
         row = dict(epoch=epoch, lr=lr, train_loss=self.means[0], train_accuracy=self.means[1])

@@ -17,10 +17,10 @@ import reproduce
 import train
 import visualize
 from ei_init import initialize
-from model import circuits, layers
+from model import circuits
 from support import data
 from support.history import Trained
-from support.measure import VARIANTS, histograms, observe
+from support.measure import VARIANTS, histograms
 
 NARROW = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
 
@@ -376,21 +376,3 @@ def test_a_run_without_a_finite_epoch_is_in_the_table(suite, tmp_path):
     (broken / "result.json").write_text(json.dumps(dict(outcome="failed to converge")))
     assert visualize.main(["epsilon", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
     assert "| 1e-8     | failed to converge | -" in (tmp_path / "f" / "epsilon.md").read_text()
-
-
-@torch.no_grad()
-def test_observing_changes_nothing():
-    net = model.build("vgg8", plan=NARROW, kind="bn", T=3)
-    x = torch.rand(4, 3, 32, 32)
-    before, found = {k: v.clone() for k, v in net.state_dict().items()}, []
-    net.eval()
-    logits = net(x)
-    net.train()
-    observe(net, x, lambda i, current, u, spikes: found.append((i, current, u, spikes)))
-    assert net.training and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    net.eval()
-    assert torch.equal(net(x), logits)
-    assert [f[0] for f in found] == list(range(5))
-    for (_, _, u, spikes), layer in zip(found, layers(net), strict=True):
-        assert torch.equal(spikes, (u >= layer.neuron.threshold).float())
