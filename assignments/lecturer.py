@@ -1,0 +1,406 @@
+"""For the lecturer: makes expected.npz and the handout, and grades what was handed in.
+
+    python lecturer.py freeze            writes expected.npz anew, after a change of the repository or of mistakes.py
+    python lecturer.py handout DIR       a folder for the students, which needs torch and numpy only
+    python lecturer.py solve DIR         the same folder, solved
+    python lecturer.py grade DIR         grades every zip file in DIR: grades.csv, remarks.txt, mistakes.csv
+
+What is right is what the repository does: `reference.py` calls it. A submission is graded on new inputs, of other
+sizes. It runs in a process of its own with a time limit. That is no protection against a program that wants to do harm:
+grade on an account or in a container that holds nothing else.
+"""
+
+import argparse
+import collections
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE.parent))  # the modules of the repository
+
+import check  # noqa: E402
+from mistakes import MISTAKES  # noqa: E402
+from probes import FILES, Problem, observe  # noqa: E402
+from reference import REFERENCE  # noqa: E402
+
+HANDOUT = ["README.md", "check.py", "probes.py", "expected.npz", *(f"{file}.py" for file in FILES.values())]
+
+
+# ---- what they are asked, and what the known mistakes do ----
+
+
+def cases(seed):
+    """Inputs of each function, function -> list of dicts of arrays. Sizes depend on the seed, too."""
+    r = np.random.RandomState(seed)
+
+    def some(*shape):  # positive, different numbers
+        return r.permutation(np.linspace(0.1, 2, int(np.prod(shape)))).reshape(shape).astype(np.float32)
+
+    def weights(*shape):  # of the loss, whose gradient is compared
+        return r.normal(size=shape).astype(np.float32)
+
+    def sparse(*shape):  # with zeros, and a silent position or sample
+        x = some(*shape) * (r.rand(*shape) < 0.6)
+        x[..., r.randint(shape[-1])] = 0
+        return x.astype(np.float32)
+
+    def dyadic(low, high, shape):  # multiples of 1/64: with tau = 2 and 4 the potentials are exact in float32
+        return (r.randint(64 * low, 64 * high, shape) / 64).astype(np.float32)
+
+    def neuron(tau, threshold, alpha, n):
+        current = dyadic(-1, 3, (8, n))
+        current[0, :4] = threshold  # exactly at the threshold
+        return dict(current=current, tau=tau, threshold=threshold, alpha=alpha, weights=weights(8, n))
+
+    def circuit(n_in, n_e, cells):
+        """`cells`: parameters of each population, by name: (rows, columns) or (rows,)."""
+        x = sparse(2, n_in, r.randint(2, 4))
+        p = {f"p_{name}": some(*shape) for name, shape in (dict(w_ee=(n_e, n_in)) | cells).items()}
+        p |= dict(p_g_e=some(n_e), p_b_e=weights(n_e))
+        return dict(x=x, weights=weights(len(x), n_e, x.shape[2])) | p
+
+    def pv(n_in, n_e, n_i):
+        return circuit(n_in, n_e, dict(w_ie=(n_i, n_in), w_ei=(n_e, n_i), g_i=(n_i,)))
+
+    def pv_som(n_in, n_e, n_s, n_p):
+        cells = dict(w_se=(n_s, n_in), w_es=(n_e, n_s), w_pe=(n_p, n_in), w_ep=(n_e, n_p), g_p=(n_p,))
+        return circuit(n_in, n_e, cells)
+
+    def clamped(n_in, n_e, n_i, readout=False):
+        shapes = dict(p_w_ee=(n_e, n_in), p_w_ie=(n_i, n_in), p_w_ei=(n_e, n_i))
+        shapes |= {} if readout else dict(p_g_i=(n_i,), p_g_e=(n_e,), p_b_e=(n_e,))
+        return {name: weights(*shape) - 0.2 for name, shape in shapes.items()}
+
+    def activity(*shape):
+        return dict(x=sparse(*shape), d=int(r.randint(20, 400)))
+
+    def drawn(n_e, n_i, *shape, readout=False):
+        return dict(n_e=n_e, n_i=n_i, k=5, x=sparse(*shape), readout=readout, seed=seed)
+
+    def divisors(shape, eps, ste):
+        i_div = sparse(*shape)
+        i_div[r.randint(1, shape[0])] = 0  # a silent sample
+        return dict(i_div=i_div, eps=eps, ste=ste, weights=weights(*shape))
+
+    n, e = r.randint(5, 9), 4 * r.randint(2, 4)
+    neurons = dict(u=r.permutation(np.arange(-8, 25) / 8).astype(np.float32), threshold=1.5)
+    constant = dict(currents=np.append(dyadic(0, 3, n), [0.5, 1]).astype(np.float32))
+    found = dict(
+        spike=[neurons, neurons | dict(threshold=0.5)],
+        surrogate=[neurons | dict(alpha=4.0), neurons | dict(threshold=0.5, alpha=2.0)],
+        simulate=[neuron(4.0, 1.0, 4.0, n), neuron(2.0, 1.5, 2.0, n + 1)],
+        f_i_curve=[constant | dict(tau=2.0, threshold=1.0, steps=16), constant | dict(tau=4.0, threshold=1.5, steps=8)],
+        currents=[pv(e, e, e // 4), pv(n + 8, e, e // 2)],
+        clamp_dale=[clamped(n, e, 3), clamped(n, e, 2, readout=True)],
+        pv_som_currents=[pv_som(e, e, e // 4, e // 2), pv_som(n + 8, e, e // 2, e // 4)],
+        fan_in=[dict(w=some(5, n)), dict(w=some(4, n, 3, 3))],
+        weight_mean=[activity(3, n), activity(4, 2, 5, n)],
+        gain=[activity(3, n), activity(4, 2, 5, n)],
+        poisson_gain=[
+            dict(rate=r.randint(1, 20) / 20, d=100),
+            dict(rate=r.randint(21, 60) / 20, d=int(r.randint(20, 99))),
+        ],
+        ei_init=[drawn(160, 240, 3, 6, 4, n), drawn(200, 300, 3, 120, readout=True)],
+        initialize=[dict(n_layers=3, x=sparse(3, n))],
+        stabilize=[
+            divisors((3, 4, n), "adaptive", True),
+            divisors((4, 3, n), "adaptive", False),
+            divisors((2, 3, n), 0.25, True),
+        ],
+        scale_gradient=[dict(w=weights(3, n), factor=0.125, weights=weights(3, n))],
+        lateral_weights=[dict(w_ei=some(e, 3), fan_in=int(r.randint(20, 99)), weights=weights(e, 3))],
+    )
+    return {name: [{k: np.asarray(v) for k, v in case.items()} for case in several] for name, several in found.items()}
+
+
+def sections():
+    """The text of `solutions.py` by assignment."""
+    text = (HERE / "solutions.py").read_text(encoding="utf-8")
+    parts = re.split(r"# ---- (\w+)\.py\n", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def student(a, edits=()):
+    """The file of a student who has solved assignment `a`, with some changes of the solution: its text."""
+    solution = sections()[FILES[a]]
+    for old, new in dict(edits).items():
+        if old not in solution:
+            raise ValueError(f"{a}: the solution has no {old!r}")
+        solution = solution.replace(old, new)
+    stub, main, end = (HERE / f"{FILES[a]}.py").read_text(encoding="utf-8").partition('\n\nif __name__ == "__main__":')
+    return stub + solution.rstrip() + "\n" + main + end
+
+
+def module(text):
+    """A text as a module."""
+    made = types.ModuleType("student")
+    made.__file__ = str(HERE / "student.py")
+    exec(compile(text, "student", "exec"), made.__dict__)
+    return made
+
+
+def compile_book(seed):
+    """What `check.read` reads from a file, made anew from the repository and `mistakes.py`."""
+    book = {}
+    for name, inputs in cases(seed).items():
+        right = observe(name, REFERENCE, inputs)
+        for outcome in right:
+            if isinstance(outcome, str):
+                raise ValueError(f"the reference of {name} cannot be compared: {outcome}")
+        book[name] = dict(inputs=inputs, right=right, wrong=[])
+    for a, mistakes in MISTAKES.items():
+        for title, sentence, ways in mistakes:
+            for edits in ways:
+                made = module(student(a, edits))
+                for name in check.POINTS[a]:
+                    entry = book[name]
+                    outcome = [None if isinstance(f, str) else f for f in observe(name, made, entry["inputs"])]
+                    tolerance = check.TOLERANCE.get(name, 1e-4)
+                    pairs = zip(outcome, entry["right"], strict=True)
+                    if any(o is None or check.first_difference(o, r, tolerance) for o, r in pairs):
+                        entry["wrong"].append((title, sentence, outcome))
+    return book
+
+
+def write(book, path, outputs=True):
+    """A book as a file that `check.read` reads, with the digits; without `outputs` only what is asked."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.data))
+    arrays = {"digits/x": digits.images[order].astype(np.uint8), "digits/y": digits.target[order].astype(np.uint8)}
+    known = {name: [w[:2] for w in entry["wrong"]] * outputs for name, entry in book.items()}
+    arrays["mistakes"] = np.frombuffer(json.dumps(known).encode(), np.uint8)
+    for name, entry in book.items():
+        for i, (inputs, right) in enumerate(zip(entry["inputs"], entry["right"], strict=True)):
+            arrays |= {f"{name}/{i}/in/{key}": value for key, value in inputs.items()}
+            if not outputs:
+                continue
+            outcomes = [wrong[2][i] for wrong in entry["wrong"]]
+            arrays[f"{name}/{i}/runs/"] = np.array([outcome is not None for outcome in outcomes], bool)
+            for key, value in right.items():
+                arrays[f"{name}/{i}/right/{key}"] = value
+                stacked = [value if outcome is None else outcome[key] for outcome in outcomes]
+                arrays[f"{name}/{i}/wrong/{key}"] = np.array(stacked, value.dtype)
+    np.savez_compressed(path, **arrays)
+
+
+def freeze():
+    write(compile_book(seed=1), HERE / "expected.npz")
+    print(f"wrote expected.npz, {(HERE / 'expected.npz').stat().st_size / 1000:.0f} kB")
+
+
+def handout(folder):
+    """Copies what students get. A stub that is solved is not given away."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: choose a new or an empty folder")
+    for a, points in check.POINTS.items():
+        stub = module((HERE / f"{FILES[a]}.py").read_text(encoding="utf-8"))
+        for name, case in cases(1).items():
+            if name in points and observe(name, stub, case[:1]) != ["not done yet"]:
+                raise ValueError(f"{FILES[a]}.py is no stub: {name} is solved in it; restore the file first")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in HANDOUT:
+        shutil.copyfile(HERE / name, folder / name)
+    page = (HERE / "README.md").read_text(encoding="utf-8").split("\n## For the lecturer")[0]
+    (folder / "README.md").write_text(page, encoding="utf-8")
+    print(f"wrote {len(HANDOUT)} files to {folder}")
+
+
+def solve(folder):
+    """The handout, solved."""
+    handout(folder)
+    for a, file in FILES.items():
+        (folder / f"{file}.py").write_text(student(a), encoding="utf-8")
+
+
+# ---- grading ----
+
+PARTS = {"experiment": 5, "results.csv": 5, "a5.png": 2, "sentences": 3}  # of A5
+HIDDEN = dict(conditions=("full", "eps=1e-8"), seeds=(11, 12), epochs=1)  # the experiment that is run again
+ALLOWED = [*(f"{file}.py" for file in FILES.values()), "results.csv", "a5.png"]
+TOO_LARGE = 5_000_000  # bytes of a file
+
+
+def unpack(path, folder):
+    """Puts the files that are asked for, from a zip file or a folder, into a folder, and nothing else.
+
+    Raises:
+        Problem: it cannot be read.
+    """
+    try:
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.is_file()]
+            sizes = {file.name: (file.stat().st_size, file.read_bytes) for file in files}
+        else:
+            archive = zipfile.ZipFile(path)
+            infos = [info for info in archive.infolist() if not info.filename.startswith("__MACOSX")]
+            sizes = {Path(info.filename).name: (info.file_size, partial(archive.read, info)) for info in infos}
+        for name in sizes.keys() & set(ALLOWED):
+            size, read = sizes[name]
+            if size > TOO_LARGE:
+                raise Problem(f"{name} is larger than {TOO_LARGE} bytes")
+            (folder / name).write_bytes(read())
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
+        raise Problem(f"it cannot be unpacked: {error}") from None
+
+
+def execute(folder, parts, seconds):
+    """Runs what was handed in. Returns part -> what was found, and the set of the parts that print.
+
+    A process that hangs or dies is replaced by another one, for what is left.
+    """
+    left, found, printing = list(parts), {}, set()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while left:
+        command = [sys.executable, "worker.py", json.dumps(HIDDEN), *left]
+        try:
+            subprocess.run(command, cwd=folder, timeout=seconds, env=environment, check=False, **quiet)
+            end = "it ended the program"
+        except subprocess.TimeoutExpired:
+            end = f"it did not end within {seconds:g} seconds"
+        while left and (folder / f"{left[0]}.json").exists():
+            part = left.pop(0)
+            found[part], prints = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+            if prints:
+                printing.add(part)
+            if (folder / f"{part}.npz").exists():
+                with np.load(folder / f"{part}.npz") as arrays:
+                    for key in arrays.files:
+                        case, name = key.split("/", 1)
+                        found[part][int(case)] = (found[part][int(case)] or {}) | {name: arrays[key]}
+        if left:
+            found[left.pop(0)] = end
+    return found, printing
+
+
+def answer_of(a, numbers):
+    """The right answer to a student's own question."""
+    if a == "a1":  # with a constant current I, u[t] = I sum of (1 - 1/tau)^k until the first spike
+        return numbers["theta"] / sum((1 - 1 / numbers["tau"]) ** k for k in range(numbers["T"]))
+    if a == "a2":  # both I_EE - I_sub and I_div are multiplied by c
+        return numbers["v"]
+    if a == "a3":
+        return REFERENCE.poisson_gain(numbers["lambda"], numbers["d"]).item()
+    if a == "a4":
+        i_div = torch.tensor([numbers["I_div"]], requires_grad=True)
+        (numbers["c"] * REFERENCE.stabilize(i_div, ste=False)).sum().backward()
+        return i_div.grad[i_div == i_div[i_div > 0].min()].item()
+    return float(np.log(numbers["classes"]))
+
+
+def grade_one(path, book, folder, seconds):
+    """Points by part, remarks, and the mistakes of one submission, which is unpacked into an empty folder."""
+    points, remarks, mistakes = {}, [], []
+
+    def note(part, possible, right, text, mistake=None):
+        points[part] = possible if right else 0
+        if not right:
+            remarks.append(f"{part}: {text}")
+        if mistake:
+            mistakes.append((part, mistake))
+
+    for name in ("check.py", "probes.py", "worker.py"):
+        shutil.copyfile(HERE / name, folder / name)
+    write(book, folder / "expected.npz", outputs=False)
+    functions = {name: worth for parts in check.POINTS.values() for name, worth in parts.items()}
+    unpack(path, folder)
+    found, printing = execute(folder, [*functions, "experiment", "answers"], seconds)
+    for name, possible in functions.items():
+        cases_found = found[name]
+        if isinstance(cases_found, str):
+            cases_found = [cases_found] * len(book[name]["inputs"])
+        right, text, mistake = check.verdict(name, cases_found, book[name])
+        note(name, possible, right, text, mistake)
+    answers = found["answers"] if isinstance(found["answers"], dict) else {}
+    for part, right, text, mistake in [
+        ("experiment", *check.judged(found["experiment"], HIDDEN["conditions"], HIDDEN["seeds"])),
+        *check.of_a5(answers.get("a5", {}), folder),
+    ]:
+        note(part, PARTS[part], right, text, mistake)
+    for a, numbers in check.own_numbers(re.sub("^submission-", "", path.stem)).items():
+        given, right = answers.get(a, {}).get(check.QUESTIONS[a]), answer_of(a, numbers)
+        good = isinstance(given, int | float) and abs(given - right) <= 0.01 * abs(right)
+        note(check.QUESTIONS[a], 2, good, f"{given}, not {right:.4g}")
+    remarks += [f"{part}: right or wrong, it prints; leave the print out" for part in sorted(printing)]
+    return points, remarks, mistakes
+
+
+def grade(folder, seconds, seed):
+    """Grades what is in a folder; see the top of this file."""
+    found = [p for p in folder.iterdir() if p.suffix == ".zip" or any((p / name).exists() for name in ALLOWED)]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no submission: a zip file, or a folder with a1_lif.py and so on, for each student"
+        )
+    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+    print(f"{len(found)} submissions; inputs drawn with --seed {seed}")
+    book, lines, texts, counts = compile_book(seed), [], [], collections.Counter()
+    for path in sorted(found):
+        with tempfile.TemporaryDirectory() as empty:
+            try:
+                points, remarks, mistakes = grade_one(path, book, Path(empty), seconds)
+            except Problem as problem:
+                points, remarks, mistakes = {}, [str(problem)], []
+        student_id = re.sub("^submission-", "", path.stem)
+        lines.append(dict(id=student_id, total=sum(points.values())) | points)
+        texts += [f"{student_id}: {sum(points.values())} points", *(f"  {remark}" for remark in remarks), ""]
+        counts.update(set(mistakes))
+        print(f"{student_id}: {sum(points.values())} of 100 points")
+    columns = max(lines, key=len)
+    with open(folder / "grades.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), restval=0)
+        writer.writeheader()
+        writer.writerows(lines)
+    with open(folder / "mistakes.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["part", "mistake", "submissions"])
+        writer.writerows([*mistake, n] for mistake, n in counts.most_common())
+    (folder / "remarks.txt").write_text("\n".join(texts), encoding="utf-8")
+    print(f"wrote grades.csv, mistakes.csv and remarks.txt to {folder}; the sentences of A5 are yours to read")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="For the lecturer.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("freeze", help="write expected.npz anew")
+    commands.add_parser("handout", help="make the students' folder").add_argument("folder", type=Path)
+    commands.add_parser("solve", help="make the same folder, solved").add_argument("folder", type=Path)
+    command = commands.add_parser("grade", help="grade every submission in a folder")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--seconds", type=float, default=60, help="time limit of a process (60)")
+    command.add_argument("--seed", type=int, help="of the hidden inputs (a new one each time)")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "freeze":
+            freeze()
+        elif args.command == "handout":
+            handout(args.folder)
+        elif args.command == "solve":
+            solve(args.folder)
+        else:
+            grade(args.folder, args.seconds, args.seed)
+    except (OSError, ValueError) as error:
+        print(f"lecturer.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    check.any_console()
+    sys.exit(main())
