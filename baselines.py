@@ -14,19 +14,33 @@ from ei_prop import scale_gradient
 from inhibition import EICircuit, EICircuit2d
 
 
+def kaiming(synapses):
+    """A convolution or a linear map with weights of any sign: Kaiming's initialisation, and a bias, if any, of 0."""
+    nn.init.kaiming_normal_(synapses.weight)
+    if synapses.bias is not None:
+        nn.init.zeros_(synapses.bias)
+    return synapses
+
+
 def bn_conv(in_channels, n_e, kernel_size, stride=1, padding=0):
-    """BN-SNN: a convolution with weights of any sign, batch-normalized over time steps, samples and positions."""
+    """BN-SNN: batch-normalized over time steps, samples and positions."""
     conv = nn.Conv2d(in_channels, n_e, kernel_size, stride, padding, bias=False)
-    nn.init.kaiming_normal_(conv.weight)
-    return nn.Sequential(conv, nn.BatchNorm2d(n_e))
+    return nn.Sequential(kaiming(conv), nn.BatchNorm2d(n_e))
+
+
+def bn_dense(in_features, n_e):
+    """BN-SNN with all-to-all synapses."""
+    return nn.Sequential(kaiming(nn.Linear(in_features, n_e, bias=False)), nn.BatchNorm1d(n_e))
 
 
 def plain_conv(in_channels, n_e, kernel_size, stride=1, padding=0):
-    """Plain SNN: a convolution with weights of any sign, Kaiming's initialisation and a bias."""
-    conv = nn.Conv2d(in_channels, n_e, kernel_size, stride, padding)
-    nn.init.kaiming_normal_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv
+    """Plain SNN: no normalization, a bias."""
+    return kaiming(nn.Conv2d(in_channels, n_e, kernel_size, stride, padding))
+
+
+def plain_dense(in_features, n_e):
+    """Plain SNN with all-to-all synapses."""
+    return kaiming(nn.Linear(in_features, n_e))
 
 
 class DANN:

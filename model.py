@@ -1,4 +1,4 @@
-"""Deep spiking networks of E-I circuits: VGG and SEW-ResNet-18, as the paper trains them (paper, Experiments).
+"""Deep spiking networks of E-I circuits: MLP, VGG and SEW-ResNet-18, as the paper trains them (paper, Experiments).
 
 A layer is a circuit and its excitatory neurons: presynaptic spikes -> circuit -> I_int -> LIF -> spikes.
 
@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
+from baselines import DANNCircuit, DANNCircuit2d, bn_conv, bn_dense, plain_conv, plain_dense
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 
-# The names count three dense layers at the end, of the original VGG; here one readout stands in their place.
-# 3x3 convolutions. "P" is 2x2 average pooling, a number is a circuit of so many excitatory maps, and its LIF neurons.
+# A number is a circuit of so many excitatory neurons (MLP) or maps (VGG: 3x3 convolutions), and its LIF neurons. "P" is
+# 2x2 average pooling. The names VGG-8 to VGG-19 count three dense layers at the end, of the original VGG; here one
+# readout stands in their place.
 PLANS = {
+    "mlp": [500, 500, 300],
     "vgg8": [64, "P", 128, "P", 256, "P", 512, "P", 512, "P"],
     "vgg11": [64, "P", 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"],
     "vgg16": [64, 64, "P", 128, 128, "P", *[256] * 3, "P", *[512] * 3, "P", *[512] * 3, "P"],
@@ -30,12 +32,14 @@ PLANS = {
 }
 ARCHS = [*PLANS, "resnet18"]
 KINDS = ["ei", "bn", "plain", "dann"]
+DENSE = dict(ei=EICircuit, bn=bn_dense, plain=plain_dense, dann=DANNCircuit)  # what stands in a layer, by kind
+CONV = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)
 
 
 class Layer(nn.Module):
     """A circuit, or what is compared with it, and its neurons: activity (T, B, C, H, W) -> spikes (T, B, n_E, H', W').
 
-    The neurons are LIF, in DANN rectifiers without memory.
+    In an MLP (T, B, F) -> (T, B, n_E). The neurons are LIF, in DANN rectifiers without memory.
     """
 
     def __init__(self, circuit, neuron):
@@ -53,6 +57,18 @@ class AvgPool(nn.Module):
 
     def forward(self, x):
         return F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+
+
+class MLP(nn.Module):
+    """A chain of layers with all-to-all synapses: (T, B, C, S, S) -> features (T, B, F)."""
+
+    def __init__(self, plan, in_features, layer):
+        super().__init__()
+        self.stages = nn.Sequential(*(layer(n_in, n_e) for n_in, n_e in zip([in_features, *plan], plan, strict=False)))
+        self.n_features = plan[-1]
+
+    def forward(self, x):
+        return self.stages(x.flatten(2))
 
 
 class VGG(nn.Module):
@@ -184,13 +200,14 @@ def build(
     """A network of the paper.
 
     Args:
-        arch: one of `ARCHS`: "vgg8", "vgg11", "vgg16", "vgg19", "resnet18".
+        arch: one of `ARCHS`: "mlp", "vgg8", "vgg11", "vgg16", "vgg19", "resnet18".
         in_channels, n_classes, T: sizes, at least 1. T is the number of time steps.
         kind: "ei" (the paper's), "bn" (BN-SNN), "plain" (nothing in place of normalization) or "dann" (E-I circuits
             without spikes), see `baselines.py`.
-        image_size: side of the square images in pixels, at least 32 for the networks of the paper.
-        plan: replaces a VGG's list of layers, e.g. [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"].
-        width: multiplies the number of maps of each layer, which is then at least 4. Positive; 1: the paper's network.
+        image_size: side of the square images in pixels; for the VGGs and the ResNet of the paper at least 32.
+        plan: replaces the list of layers, e.g. of a VGG [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"], of an MLP [100].
+        width: multiplies the number of neurons or maps of each layer, which is then at least 4. Positive; 1: the
+            paper's network.
         tau, threshold, alpha: of all LIF neurons, see `lif.simulate`.
         ei_ratio: excitatory neurons for each inhibitory one, of "ei" and "dann".
         eps, ste, grad_scaling: of the circuits of "ei", see `EICircuit`.
@@ -200,8 +217,8 @@ def build(
         initialised by `ei_init.initialize` with the first batch; before that, the layers are silent and learn nothing.
 
     Raises:
-        ValueError: an unknown arch or kind, a size below 1, a plan for a ResNet, images too small, a neuron or circuit
-            that cannot be (see `lif.simulate`, `EICircuit`).
+        ValueError: an unknown arch or kind, a size below 1, a plan that is none of this architecture, images too
+            small, a neuron or circuit that cannot be (see `lif.simulate`, `EICircuit`).
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHS)}")
@@ -224,21 +241,28 @@ def build(
     options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling) if kind == "ei" else {}
     if kind == "dann":
         options = dict(ei_ratio=ei_ratio)
-    conv = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)[kind]
+    standing = (DENSE if arch == "mlp" else CONV)[kind]
 
     def layer(*args, **kwargs):
         neuron = nn.ReLU() if kind == "dann" else LIF(tau, threshold, alpha)
-        return Layer(conv(*args, **kwargs, **options), neuron)
+        return Layer(standing(*args, **kwargs, **options), neuron)
 
     if arch == "resnet18":
         if plan is not None:
-            raise ValueError("a plan is a list of VGG layers; resnet18 takes none")
+            raise ValueError("a plan is a list of layers of a VGG or an MLP; resnet18 takes none")
         encoder = ResNet18(in_channels, layer, [maps(n) for n in (64, 128, 256, 512)])
     else:
-        plan = [n if n == "P" else maps(n) for n in plan or PLANS[arch]]
-        encoder = VGG(plan, in_channels, image_size, layer)
+        plan = PLANS[arch] if plan is None else plan
+        pooling = ["P"] if arch != "mlp" else []
+        if not any(n != "P" for n in plan) or any(n not in pooling and not isinstance(n, int) for n in plan):
+            raise ValueError(f"a plan of {arch} is a list of layer sizes{' and P' if pooling else ''}, not {plan}")
+        plan = [n if n == "P" else maps(n) for n in plan]
+        if arch == "mlp":
+            encoder = MLP(plan, in_channels * image_size**2, layer)
+        else:
+            encoder = VGG(plan, in_channels, image_size, layer)
     if kind in ("ei", "dann"):
-        readout = dict(ei=EICircuit, dann=DANNCircuit)[kind](encoder.n_features, n_classes, readout=True, **options)
+        readout = DENSE[kind](encoder.n_features, n_classes, readout=True, **options)
     else:
         readout = nn.Linear(encoder.n_features, n_classes)
     return Network(encoder, readout, T, in_channels, image_size)

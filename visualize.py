@@ -78,6 +78,7 @@ INITS = {"E-I Init": ei_init, "without its gain": without_gain, "|Kaiming|": Non
 def draw_init(args):
     """Mean and standard deviation of I_int, and firing rate, by layer, for three initialisations."""
     config = usual_settings(args)
+    config["image_size"] = max(32, config["image_size"])  # an MLP may have smaller images than these networks take
     dataset, _ = train.make(config, torch.device("cpu"))
     torch.manual_seed(0)
     batch = data.to_input(dataset.train_x[torch.randperm(len(dataset.train_x))[:32]])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 from support.augment import augment, augment_cifar10_dvs, augment_gesture
 from support.console import replace
@@ -138,8 +138,14 @@ def digits(root, size, T):
     return x[train], y[train], x[test], y[test], 10, None
 
 
-def cifar(name, root, size, T):
-    kind = CIFAR10 if name == "cifar10" else CIFAR100
+def downloaded(name, root, size, T):
+    """What torchvision downloads on first use."""
+    kind, files, of_batch = {  # the class in torchvision, its files, the augmentation
+        "cifar10": (CIFAR10, "cifar-10-python.tar.gz", augment),
+        "cifar100": (CIFAR100, "cifar-100-python.tar.gz", augment),
+        "mnist": (MNIST, "MNIST/raw/train-images-idx3-ubyte.gz and its three companions", None),
+        "fashion-mnist": (FashionMNIST, "FashionMNIST/raw/train-images-idx3-ubyte.gz and its three companions", None),
+    }[name]
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # or a dead connection would keep the reader waiting
     try:
@@ -147,18 +153,19 @@ def cifar(name, root, size, T):
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:
         raise OSError(
-            f"{name} is not in {root} and cannot be downloaded ({error}): put the official {kind.filename} there, "
+            f"{name} is not in {root} and cannot be downloaded ({' '.join(str(error).split())}): put the official {files} there, "
             "or use --data folder --data-root DIR with train/<class>/ and test/<class>/ images (or --data digits)"
         ) from None
     finally:
         socket.setdefaulttimeout(before)
     splits = []
     for part in sets:
-        x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        if size != 32:
+        x = torch.as_tensor(part.data)
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()  # (N, C, S, S)
+        if size != x.shape[-1]:
             x = torch.cat([_resized(chunk.float(), size).round().clamp(0, 255).byte() for chunk in x.split(1000)])
-        splits += [x, torch.tensor(part.targets)]
-    return *splits, getattr(sets[0], "classes", 10 if name == "cifar10" else 100), augment
+        splits += [x, torch.as_tensor(part.targets)]
+    return *splits, sets[0].classes, of_batch
 
 
 def image_files(listing, root, size, T):
@@ -424,8 +431,7 @@ def sample(dataset, T, n=256):
 
 LOADERS = {
     "digits": digits,
-    "cifar10": partial(cifar, "cifar10"),
-    "cifar100": partial(cifar, "cifar100"),
+    **{name: partial(downloaded, name) for name in ("cifar10", "cifar100", "mnist", "fashion-mnist")},
     "tinyimagenet": partial(image_files, _tinyimagenet),
     "folder": partial(image_files, _folder),
     **{name: partial(events, name) for name in EVENT_DATA},

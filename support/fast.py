@@ -28,7 +28,7 @@ import ei_prop
 from baselines import DANN, DANNCircuit, DANNCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
-from model import AvgPool, Layer, Network
+from model import MLP, AvgPool, Layer, Network
 from support.measure import hooked
 
 # ---- the LIF neuron --------------------------------------------------------------------------------------------------
@@ -233,6 +233,8 @@ class FastAvgPool(AvgPool):
 
 class FastNetwork(Network):
     def forward(self, x):
+        if isinstance(self.encoder, MLP):
+            return super().forward(x)
         if x.dim() == 4:  # channels last
             x = x.contiguous(memory_format=torch.channels_last)
         elif x.dim() == 5:  # the T B frames one after another
@@ -364,8 +366,8 @@ def vary(module, rand):
         p.mul_(0.5 + rand(*p.shape))
         if not p.any():  # b_E
             p.add_(rand(*p.shape) - 0.5)
-        if name.endswith("w_ie") and p.shape[-1] == 3:  # synapses that Dale's law has set to 0: I_div = 0 with I_EE > 0
-            p[..., 0] = 0
+        if name.endswith("w_ei"):  # synapses that Dale's law has set to 0: I_div = 0 although I_EE differs from I_sub
+            p[0] = 0
     return module
 
 

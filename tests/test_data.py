@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import train
 from support import data, recipes
 
 
@@ -158,6 +159,7 @@ def test_recipes_of_tinyimagenet():
 def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
+            self.classes = list("abcdefghij")
             self.data = np.full((6 if train else 2, 32, 32, 3), 7, np.uint8)
             self.data[..., 2] = 9
             self.targets = [3] * len(self.data)
@@ -170,18 +172,43 @@ def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
     assert data.load("cifar10", tmp_path, image_size=48).train_x.shape == (6, 3, 48, 48)
 
 
-def test_a_download_that_fails_names_the_other_ways(tmp_path, monkeypatch):
+def write_mnist(folder, n_train=40, n_test=20):
+    """The files of MNIST in torchvision's layout, as they are distributed, with random images."""
+    folder.mkdir(parents=True)
+    rng, found = np.random.default_rng(0), []
+    for split, n in (("train", n_train), ("t10k", n_test)):
+        x, y = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), (np.arange(n) % 10).astype(np.uint8)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(np.array([2051, n, 28, 28], ">i4").tobytes() + x.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(np.array([2049, n], ">i4").tobytes() + y.tobytes())
+        found += [torch.from_numpy(x), torch.from_numpy(y)]
+    return found
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_mnist_is_read_through_torchvision(tmp_path, name, folder, capsys):
+    train_x, train_y, test_x, _ = write_mnist(tmp_path / folder / "raw")
+    d = data.load(name, tmp_path, image_size=28)
+    assert torch.equal(d.train_x[:, 0], train_x) and torch.equal(d.test_x[:, 0], test_x)
+    assert d.train_y.tolist() == train_y.tolist() and d.n_classes == 10 and d.augment is None
+    assert data.load(name, tmp_path, image_size=32).train_x.shape == (40, 1, 32, 32)
+    options = ["--arch", "mlp", "--data", name, "--data-root", str(tmp_path), "--epochs", "1", "--batch-size", "20"]
+    assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
+    assert "samples of 1x28x28" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
+def test_a_download_that_fails_names_the_other_ways(tmp_path, monkeypatch, name):
     def refuse(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(OSError, match=r"cannot be downloaded .*--data folder .*--data digits"):
-        data.load("cifar10", tmp_path / "data")
+        data.load(name, tmp_path / "data")
 
 
 def test_unknown_data():
-    with pytest.raises(ValueError, match="unknown data 'mnist'"):
-        data.load("mnist")
+    with pytest.raises(ValueError, match="unknown data 'mnisst'"):
+        data.load("mnisst")
 
 
 def augmented(x, seed=0):

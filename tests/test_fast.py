@@ -77,14 +77,14 @@ def test_fast_equals_plain_in_every_architecture(arch, T):
 
 
 @pytest.mark.parametrize("options", [dict(ste=False), dict(eps=1e-3), dict(grad_scaling=False), dict(ei_ratio=8)])
-@pytest.mark.parametrize("arch", ["vgg8", "resnet18"])
+@pytest.mark.parametrize("arch", ["mlp", "vgg8", "resnet18"])
 def test_fast_equals_plain_with_every_option(arch, options):
     x = torch.rand(2, 3, 32, 32, dtype=torch.double)
     assert_equal(*pair(arch, 2, x, width=0.125, tau=3.0, threshold=0.8, alpha=2.0, **options), x)
 
 
 @pytest.mark.parametrize("kind", ["bn", "plain", "dann"])
-@pytest.mark.parametrize("arch", ["vgg8", "resnet18"])
+@pytest.mark.parametrize("arch", ["mlp", "vgg8", "resnet18"])
 def test_the_rivals_are_the_same_too(arch, kind):
     x = torch.rand(4, 3, 32, 32, dtype=torch.double)
     plain = build(arch, T=3, kind=kind, width=0.125).double()
@@ -252,6 +252,18 @@ def test_keep_memory_changes_no_result():
     assert torch.equal(before[0], after[0]) and all(torch.equal(before[1][k], after[1][k]) for k in before[1])
 
 
+@pytest.mark.parametrize("arch", ["mlp", "vgg8"])
+def test_a_still_image_passes_the_first_circuit_once(arch):
+    x, seen = torch.rand(3, 2, 32, 32), []
+    model = build(arch, in_channels=2, width=0.125)
+    initialize(model, x)
+    accelerate(model, x)
+    for layer in layers(model):
+        layer.circuit.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model(x)
+    assert seen == [3] + [12] * (len(layers(model)) - 1)
+
+
 # ---- accelerate ------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +290,7 @@ def test_accelerate_finds_no_difference_in_an_untouched_network(arch, kind, caps
     assert not any(type(m) in FORMS for m in model.modules())
     assert type(model) is FORMS[Network] and all(type(layer) is FORMS[Layer] for layer in layers(model))
     if kind == "ei":
-        assert {type(c) for c in circuits(model)} == {FastCircuit, FastCircuit2d}
+        assert {type(c) for c in circuits(model)} == ({FastCircuit} if arch == "mlp" else {FastCircuit, FastCircuit2d})
     torch.testing.assert_close(model(batch), logits, rtol=1e-2, atol=1e-2)
     assert accelerate(model, batch) == set()  # again: nothing is left to do
 

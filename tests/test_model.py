@@ -50,6 +50,23 @@ def test_circuits_run_in_the_order_in_which_they_are_listed():
         assert len(layers(model)) == n - 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_mlp(kind):
+    model = build("mlp", in_channels=2, image_size=7, kind=kind, n_classes=5)
+    x = torch.rand(6, 2, 7, 7)
+    initialize(model, x)
+    assert [
+        layer.circuit(torch.rand(6, n)).shape[1] for layer, n in zip(layers(model), (98, 500, 500), strict=True)
+    ] == [
+        500,
+        500,
+        300,
+    ]
+    assert model(x).shape == (6, 5) and len(circuits(model)) == (4 if kind in ("ei", "dann") else 0)
+    torch.testing.assert_close(model(x), model(x.unsqueeze(1).repeat(1, 4, 1, 1, 1)))
+    assert [n for n in circuits(build("mlp", plan=[20, 12], width=0.5)) if not n.readout][1].w_ee.shape == (6, 10)
+
+
 def test_resnet_adds_the_spikes_of_a_block_to_its_identity():
     model = build("resnet18", T=2, width=0.5)
     x = torch.rand(4, 3, 32, 32)
@@ -109,8 +126,12 @@ def test_dale_s_law_holds_after_any_number_of_steps():
             dict(arch="vgg8", image_size=16, plan=NARROW),
             "^images of 16x16 pixels are too small for this network's poolings$",
         ),
-        (dict(arch="resnet18", plan=NARROW), "^a plan is a list of VGG layers; resnet18 takes none$"),
-        (dict(arch="vgg9"), "^unknown architecture 'vgg9': choose from vgg8, vgg11, vgg16, vgg19, resnet18"),
+        (dict(arch="resnet18", plan=NARROW), "^a plan is a list of layers of a VGG or an MLP; resnet18 takes none$"),
+        (dict(arch="mlp", plan=[30, "P"]), r"^a plan of mlp is a list of layer sizes, not \[30, 'P'\]$"),
+        (dict(arch="vgg8", plan=["P"]), r"^a plan of vgg8 is a list of layer sizes and P, not \['P'\]$"),
+        (dict(arch="mlp", plan=[]), r"^a plan of mlp is a list of layer sizes, not \[\]$"),
+        (dict(arch="mlp", image_size=0), "^images of 0x0 pixels are too small: mlp needs 1x1 or more$"),
+        (dict(arch="vgg9"), "^unknown architecture 'vgg9': choose from mlp, vgg8, vgg11, vgg16, vgg19, resnet18"),
         (dict(arch="vgg8", kind="ln"), "^unknown kind 'ln': choose from ei, bn, plain, dann$"),
         (dict(arch="vgg8", in_channels=0), "^sizes must be at least 1 and the width positive, not in_channels=0, "),
         (dict(arch="vgg8", n_classes=0), "^sizes must .* not in_channels=3, n_classes=0, T=4, width=1.0$"),
@@ -149,6 +170,7 @@ def test_refuses_another_number_of_frames():
 
 def test_the_plans_are_those_of_the_paper():
     design = dict(
+        mlp="500 500 300",
         vgg8="64 P 128 P 256 P 512 P 512 P",
         vgg11="64 P 128 P 256 256 P 512 512 P 512 512 P",
         vgg16="64 64 P 128 128 P 256 256 256 P 512 512 512 P 512 512 512 P",
@@ -161,7 +183,8 @@ def test_the_plans_are_those_of_the_paper():
         assert [c.n_e for c in circuits(model)] == [int(n) for n in plan.split() if n != "P"] + [10]
         kinds = ["P" if isinstance(stage, AvgPool) else "L" for stage in model.encoder.stages]
         assert kinds == ["P" if n == "P" else "L" for n in plan.split()]
-        assert all(c.w_ee.shape[2:] == (3, 3) and c.padding == c.stride == 1 for c in circuits(model)[:-1])
+        convolutions = [] if arch == "mlp" else circuits(model)[:-1]
+        assert all(c.w_ee.shape[2:] == (3, 3) and c.padding == c.stride == 1 for c in convolutions)
     with torch.device("meta"):
         model = build("resnet18", T=1)
     assert [c.n_e for c in circuits(model)] == [

@@ -260,7 +260,7 @@ def test_every_sample_is_drawn_once_an_epoch():
     "arguments, words",
     [
         (["--arch", "vgg9"], "vgg9"),
-        (["--data", "mnist"], "mnist"),
+        (["--data", "mnisst"], "mnisst"),
         (["--model", "ln"], "ln"),
         (["--T", "0"], "at least 1"),
         (["--epochs", "0"], "at least 1"),
