@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import clamp_dale
 from model import build, layers
-from support import console, data, parallel, recipes
+from support import console, data, official, parallel, recipes
 from support.fast import accelerate, keep_memory
 from support.measure import cost_table, header, hooked
 from support.progress import Progress, check_data, longer
@@ -26,8 +26,8 @@ def make(config, device):
     dataset = data.load(config["data"], config["data_root"], config["image_size"], device, config["T"])
     torch.manual_seed(config["seed"])
     options = ("T", "image_size", "width", "tau", "threshold", "alpha", "ei_ratio", "eps", "ste", "grad_scaling")
-    options = {name: config[name] for name in options}
-    model = build(config["arch"], dataset.in_channels, dataset.n_classes, kind=config["model"], **options)
+    options = {name: config[name] for name in options} | dict(kind=config["model"], plan=recipes.plan_of(config))
+    model = build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
     return dataset, model.to(device)
 
 
@@ -189,12 +189,14 @@ def command(args):
     if args.recipes:
         print("\n".join(recipes.table()))
         return 0
-    if sum(asked is not None for asked in (args.resume, args.eval, args.out)) > 1:
+    if sum(asked is not None for asked in (args.resume, args.eval, args.official or args.out)) > 1:
         raise ValueError("--resume goes on with a run, --eval tests it, --out is for a new one: give one of them")
     device = parallel.pick_device(args.device)
     with parallel.joined(device), torch.random.fork_rng():
         if args.eval is not None:
             return test(args, device)
+        if args.official is not None:
+            return official.command(args, device, make, evaluate)
         if args.resume is not None:
             return work(*reopen(vars(args), args.resume, free=("data_root", "epochs")), args, device)
         return work(None, recipes.settings(args), args, device, args.out)

@@ -27,7 +27,7 @@ from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, legend_out
 from support.runs import holds_run, restore
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
-BEFORE, AFTER = "at initialisation", "after training"
+BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 PARAMETERS = dict(w_ee="$W_{EE}$", w_ie="$W_{IE}$", w_ei="$W_{EI}$", g_i="$g_I$", g_e="$g_E$", b_e="$b_E$")
 
 
@@ -42,8 +42,9 @@ def draw_circuit(args):
 def networks_of(run, fast=True):
     """The dataset of a run, and its network at initialisation and after training, at its best epoch: a dict.
 
-    The initialisation is drawn again from the run's seed. On another kind of device it is another draw. fast: with the
-    fused forms of `support/fast.py`; without, with the plain equations.
+    The initialisation is drawn again from the run's seed. On another kind of device it is another draw. Of a network
+    that was trained elsewhere it is E-I Init with these data. fast: with the fused forms of `support/fast.py`; without,
+    with the plain equations.
     """
     device = pick_device()
     dataset, before = train.make(run.config, device)
@@ -52,7 +53,9 @@ def networks_of(run, fast=True):
         accelerate(before, train.first_batch(run.config, dataset)[0])
     after = copy.deepcopy(before)
     restore(after, run.run.load("best.pt")["model"], run.folder / "best.pt")
-    return dataset, {BEFORE: before.eval(), AFTER: after.eval()}
+    if run.elsewhere():
+        print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
+    return dataset, {ANEW if run.elsewhere() else BEFORE: before.eval(), AFTER: after.eval()}
 
 
 def with_circuits(network):

@@ -152,8 +152,9 @@ def downloaded(name, root, size, T):
         root.mkdir(parents=True, exist_ok=True)
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:
+        why = " ".join(str(error).split())
         raise OSError(
-            f"{name} is not in {root} and cannot be downloaded ({' '.join(str(error).split())}): put the official {files} there, "
+            f"{name} is not in {root} and cannot be downloaded ({why}): put the official {files} there, "
             "or use --data folder --data-root DIR with train/<class>/ and test/<class>/ images (or --data digits)"
         ) from None
     finally:

@@ -14,7 +14,7 @@ from model import KINDS
 from support.console import quoted
 from support.measure import BINS
 from support.recipes import COLUMNS, FULL, WHAT, option, parse, settings
-from support.runs import bad_part, holds_run, reopen
+from support.runs import BEST, bad_part, holds_run, reopen, saved
 
 # By these settings runs are chosen in a folder that has several. Not every kind of network has each of the last four.
 CHOICES = ("data", "arch", "seed", "width", "ei_ratio", "tau", "threshold", "alpha")
@@ -47,12 +47,18 @@ class Trained:
         usual = settings(parse(same))
         return {key: self.config[key] for key in COLUMNS if key == "epochs" or self.config[key] != usual[key]}
 
+    def elsewhere(self):
+        """Whether the network was trained by another program."""
+        return (self.folder / BEST).exists() and not saved(self.folder) and self.run.load(BEST)["epoch"] == 0
+
     def _read(self, name, reader):
         resume = f"python train.py --resume {self.run.quoted}"
         try:
             with open(self.folder / name, encoding="utf-8") as file:
                 return reader(file)
         except FileNotFoundError:
+            if self.elsewhere():
+                raise Missing(f"{self.folder} has no history: its network was trained elsewhere") from None
             raise Missing(f"{self.folder} is not finished: {resume}") from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
             said = f"{type(error).__name__}: {error}"

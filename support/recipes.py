@@ -65,17 +65,8 @@ MOMENTUM = 0.9
 # The paper's method, nothing left out and nothing changed.
 FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
-WHAT = dict(arch="vgg8") | FULL | NEURONS | dict(data="digits", data_root="./data", seed=0)
-COMMANDS = (
-    "resume",
-    "eval",
-    "other_data",
-    "out",
-    "device",
-    "plain",
-    "give_up",
-    "recipes",
-)  # options that are no setting of a run
+WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | dict(data="digits", data_root="./data", seed=0)
+COMMANDS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
 
 
 def recipe(data, arch, model):
@@ -164,9 +155,23 @@ def epsilon(text):
     return text if text in STABILIZERS else number(float, TINY, HUGE, f"a positive number or one of: {names}", text)
 
 
+def layer_sizes(text):
+    """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
+    words = re.split(r"[\s,-]+", text.strip()) if text.strip() else []
+    if not all(word == "P" or (word.isdecimal() and 0 < int(word) <= 10**6) for word in words):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no list of layer sizes and P")
+    return "-".join(words)
+
+
+def plan_of(config):
+    """The plan of a run's settings as `model.build` takes it."""
+    return [word if word == "P" else int(word) for word in config["plan"].split("-")] if config["plan"] else None
+
+
 def add_settings(p):
     """The options that are settings of a run. What is not given is None; `settings` fills it in from the recipe."""
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
+    p.add_argument("--plan", type=layer_sizes, help='other layers for a VGG or an MLP, e.g. "16 P 32 P"')
     p.add_argument("--model", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
@@ -209,6 +214,7 @@ def parse(argv=None):
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
     p.add_argument("--other-data", action="store_true", default=None, help="with --eval: also on data of another run")
+    p.add_argument("--official", metavar="NAME|DIR", help="test the authors' trained network, e.g. CIFAR10-VGG8")
     p.add_argument("--recipes", action="store_true", default=None, help="print the table of recipes")
     return p.parse_args(argv)
 
@@ -222,6 +228,7 @@ def option(key, value):
 def run_name(config):
     """<data>-<arch>-<model>-<what differs from the paper's method>-seed<n>."""
     parts = [config["data"], config["arch"], config["model"]]
+    parts += [f"plan{config['plan']}"] * bool(config["plan"])
     parts += [] if config["width"] == 1 else [f"width{config['width']:g}"]
     if config["eps"] != "adaptive":
         parts.append(f"eps{config['eps']}" if isinstance(config["eps"], str) else f"eps{config['eps']:g}")

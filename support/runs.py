@@ -256,6 +256,12 @@ class Run:
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
         write_atomically(self.folder / "histograms.json", json.dumps(state["histograms"]).encode() + b"\n")
 
+    def keep_trained(self, model, accuracy):
+        """Writes the folder of a network that was trained elsewhere: it has no history and no checkpoint."""
+        self.keep_best(model, dict(epoch=0, test_accuracy=accuracy))
+        write_atomically(self.folder / BEST, _sealed(self.best[0]))
+        write_atomically(self.folder / "config.json", _json(self.config))
+
     def resume(self):
         """Locks the folder, makes it whole, and returns the newest state that is intact."""
         self.lock()

@@ -1,0 +1,151 @@
+"""Trains a narrow VGG-8 beside the authors' own program, from the same weights, on the same batches, in float64. A
+reader of the paper may skip this file.
+
+    python -m support.official --compare DIR        DIR: a checkout of github.com/vwOvOwv/DeepEISNN, with what it needs
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ei_init import initialize
+from inhibition import clamp_dale
+from model import PLANS, build, circuits, layers
+from support import data, official, recipes
+from support.measure import hooked
+
+LR, WEIGHT_DECAY, T = 0.002, 5e-4, 4
+
+
+def authors(folder):
+    """Their modules `models.vgg` and `modules.optimizers`, and the function that forgets the membranes' state."""
+    found = []
+    sys.path.insert(0, str(folder))
+    try:
+        for name, alternative in (("models.vgg", "models.VGG"), ("modules.optimizers", "modules.optimizers")):
+            try:
+                found.append(importlib.import_module(name))
+            except ModuleNotFoundError:
+                found.append(importlib.import_module(alternative))
+        functional = importlib.import_module("spikingjelly.activation_based.functional")
+    except Exception as error:  # whatever their program does when it is imported
+        raise ValueError(f"{folder} is no checkout of the authors' repository that runs here: {error}") from None
+    finally:
+        sys.path.remove(str(folder))
+    return *found, functional.reset_net
+
+
+def theirs_like(ours, plan, in_channels, n_classes, vgg):
+    """Their network with the weights of ours."""
+    before, vgg.layer_config[8] = vgg.layer_config[8], plan
+    torch.set_default_dtype(torch.float64)
+    try:
+        device, rng = torch.device("cpu"), np.random.default_rng(0)
+        how = dict(neuron_config=dict(tau=2.0), light_classifier=True, dropout=0.0, seq_input=False, ei_ratio=4)
+        network = vgg.SpikingEiVGG(T, 8, in_channels, n_classes, **how, device=device, rng=rng).double()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        vgg.layer_config[8] = before
+    network.load_state_dict(official.state_of(ours))
+    for module in network.modules():  # they initialise themselves at the first batch; here they have weights already
+        if hasattr(module, "_inited"):
+            module._inited = True
+    return network
+
+
+def their_optimizers(network, kind):
+    """One for the biases, and one for the rest, which is clamped.
+
+    Theirs fills the momentum with the first gradient and then adds this gradient again, so that the first step is 1.9
+    times too long. Here the momentum starts from 0.
+    """
+    groups = {True: [], False: []}
+    for name, p in network.named_parameters():
+        groups["bias" not in name].append(p)
+    made = []
+    for clamped, parameters in groups.items():
+        optimizer = kind(parameters, lr=LR, momentum=recipes.MOMENTUM, weight_decay=WEIGHT_DECAY, clamped=clamped)
+        for p in parameters:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        made.append(optimizer)
+    return made
+
+
+@torch.no_grad()
+def distance(ours, theirs):
+    """The largest difference of two parameters, and the norm of all differences beside the norm of all parameters."""
+    state, apart, all_ours = theirs.state_dict(), [], []
+    for circuit, pair in zip(circuits(ours), official.numbered(ours.encoder, frames=False), strict=True):
+        for name, (own, shape) in official.names(circuit, pair).items():
+            if own:
+                all_ours.append(getattr(circuit, own).flatten())
+                apart.append(getattr(circuit, own).view(shape).flatten() - state[name].flatten())
+    apart = torch.cat(apart)
+    return apart.abs().max().item(), (apart.norm() / torch.cat(all_ours).norm()).item()
+
+
+def compare(folder, steps, width, batch_size, data_root, **options):
+    """Prints loss, distance of the parameters and differing spikes as both train. Returns 0.
+
+    Args:
+        folder: a checkout of the authors' repository.
+        steps: of training, at a constant learning rate.
+        width: of VGG-8.
+        batch_size, data, data_root: of the images, 32x32; the first batches of an epoch, over and over.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    vgg, optimizers, reset_net = authors(folder)
+    dataset = data.load(options["data"], data_root, 32, torch.device("cpu"), T)
+    if dataset.train_x.dim() != 4:
+        raise ValueError(f"--data {options['data']} has frames; give a dataset of still images")
+    config = dict(seed=0, batch_size=batch_size)
+    order = data.epoch_order(config, dataset, 0)
+    if not len(order):
+        raise ValueError(f"a batch of {batch_size} is larger than the training set of {len(dataset.train_y)}")
+    plan = [n if n == "P" else max(4, round(n * width)) for n in PLANS["vgg8"]]
+    torch.manual_seed(0)
+    ours = build("vgg8", dataset.in_channels, dataset.n_classes, T, plan=plan).double()
+    initialize(ours, data.training_batch(config, dataset, order[0], 0)[0].double())
+    theirs = theirs_like(ours, plan, dataset.in_channels, dataset.n_classes, vgg)
+    our_sgd = torch.optim.SGD(ours.parameters(), lr=LR, momentum=recipes.MOMENTUM, weight_decay=WEIGHT_DECAY)
+    their_sgd = their_optimizers(theirs, optimizers.EiSGD)
+    print(f"VGG-8 of {plan} on {options['data']}, {batch_size} images a step, float64")
+    print(
+        f"{'step':>5}{'loss, ours':>14}{'theirs':>14}{'largest difference':>20}{'relative':>11}{'spikes differing':>24}"
+    )
+    shown, differing, all_spikes = {*range(1, 4), *(10**i * k for i in range(6) for k in (1, 2, 5)), steps}, 0, 0
+    for step in range(steps):
+        x, y = data.training_batch(config, dataset, order[step % len(order)], step)
+        x, spikes = x.double(), ([], [])
+        neurons = [layer.neuron for layer in layers(ours)], [m for m in theirs.modules() if "LIF" in type(m).__name__]
+        hooks = [
+            m.register_forward_hook(lambda _, __, s, seen=seen: seen.append(s))
+            for several, seen in zip(neurons, spikes, strict=True)
+            for m in several
+        ]
+        with hooked(ours, hooks, training=True):
+            losses = []
+            for network in (ours, theirs):
+                logits = network(x)
+                losses.append(F.cross_entropy(logits if logits.dim() == 2 else logits.mean(0), y))
+        for a, b in zip(*spikes, strict=True):
+            differing += (a != b.view_as(a)).sum().item()
+            all_spikes += a.numel()
+        for loss, several in zip(losses, ([our_sgd], their_sgd), strict=True):
+            for optimizer in several:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in several:
+                optimizer.step()
+        clamp_dale(ours)
+        reset_net(theirs)
+        if step + 1 in shown:
+            largest, relative = distance(ours, theirs)
+            counted = f"{differing:,} of {all_spikes:,}"
+            print(f"{step + 1:5}{losses[0]:14.6f}{losses[1]:14.6f}{largest:20.2e}{relative:11.2e}{counted:>24}")
+    return 0
