@@ -3,7 +3,7 @@
     python lecturer.py freeze            writes expected.npz anew, after a change of the repository or of mistakes.py
     python lecturer.py handout DIR       a folder for the students, which needs torch and numpy only
     python lecturer.py solve DIR         the same folder, solved
-    python lecturer.py grade DIR         grades every zip file in DIR: grades.csv, remarks.txt, mistakes.csv
+    python lecturer.py grade DIR         grades every zip file in DIR: grades.csv, mistakes.csv, remarks/
 
 What is right is what the repository does: `reference.py` calls it. A submission is graded on new inputs, of other
 sizes. It runs in a process of its own with a time limit. That is no protection against a program that wants to do harm:
@@ -11,33 +11,27 @@ grade on an account or in a container that holds nothing else.
 """
 
 import argparse
-import collections
-import csv
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import types
-import zipfile
-import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent))  # the modules of the repository
 
 import check  # noqa: E402
+from grading import FUNCTIONS, STUBS, grade  # noqa: E402
 from mistakes import MISTAKES  # noqa: E402
-from probes import FILES, Problem, observe  # noqa: E402
+from probes import FILES, observe  # noqa: E402
 from reference import REFERENCE  # noqa: E402
 
-HANDOUT = ["README.md", "check.py", "probes.py", "expected.npz", *(f"{file}.py" for file in FILES.values())]
+GIVEN = ["check.py", "probes.py", "ablation.py", "expected.npz", "digits.npz"]
 
 
 # ---- what they are asked, and what the known mistakes do ----
@@ -169,22 +163,16 @@ def compile_book(seed):
                 for name in check.POINTS[a]:
                     entry = book[name]
                     outcome = [None if isinstance(f, str) else f for f in observe(name, made, entry["inputs"])]
-                    tolerance = check.TOLERANCE.get(name, 1e-4)
                     pairs = zip(outcome, entry["right"], strict=True)
-                    if any(o is None or check.first_difference(o, r, tolerance) for o, r in pairs):
+                    if any(o is None or check.first_difference(o, r) for o, r in pairs):
                         entry["wrong"].append((title, sentence, outcome))
     return book
 
 
 def write(book, path, outputs=True):
-    """A book as a file that `check.read` reads, with the digits; without `outputs` only what is asked."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.RandomState(0).permutation(len(digits.data))
-    arrays = {"digits/x": digits.images[order].astype(np.uint8), "digits/y": digits.target[order].astype(np.uint8)}
-    known = {name: [w[:2] for w in entry["wrong"]] * outputs for name, entry in book.items()}
-    arrays["mistakes"] = np.frombuffer(json.dumps(known).encode(), np.uint8)
+    """A book as a file that `check.read` reads; without `outputs` only what is asked."""
+    known = {name: [w[:2] for w in entry["wrong"]] if outputs else [] for name, entry in book.items()}
+    arrays = dict(mistakes=np.frombuffer(json.dumps(known).encode(), np.uint8))
     for name, entry in book.items():
         for i, (inputs, right) in enumerate(zip(entry["inputs"], entry["right"], strict=True)):
             arrays |= {f"{name}/{i}/in/{key}": value for key, value in inputs.items()}
@@ -200,25 +188,31 @@ def write(book, path, outputs=True):
 
 
 def freeze():
+    from sklearn.datasets import load_digits
+
     write(compile_book(seed=1), HERE / "expected.npz")
-    print(f"wrote expected.npz, {(HERE / 'expected.npz').stat().st_size / 1000:.0f} kB")
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.data))
+    x, y = digits.images[order].astype(np.uint8), digits.target[order].astype(np.uint8)
+    np.savez_compressed(HERE / "digits.npz", x=x, y=y)
+    print(f"wrote expected.npz, {(HERE / 'expected.npz').stat().st_size / 1000:.0f} kB, and digits.npz")
 
 
 def handout(folder):
     """Copies what students get. A stub that is solved is not given away."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: choose a new or an empty folder")
-    for a, points in check.POINTS.items():
+    for a, points in FUNCTIONS.items():
         stub = module((HERE / f"{FILES[a]}.py").read_text(encoding="utf-8"))
         for name, case in cases(1).items():
             if name in points and observe(name, stub, case[:1]) != ["not done yet"]:
                 raise ValueError(f"{FILES[a]}.py is no stub: {name} is solved in it; restore the file first")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in HANDOUT:
+    for name in (*GIVEN, *STUBS):
         shutil.copyfile(HERE / name, folder / name)
     page = (HERE / "README.md").read_text(encoding="utf-8").split("\n## For the lecturer")[0]
     (folder / "README.md").write_text(page, encoding="utf-8")
-    print(f"wrote {len(HANDOUT)} files to {folder}")
+    print(f"wrote {len(GIVEN) + len(STUBS) + 1} files to {folder}")
 
 
 def solve(folder):
@@ -226,153 +220,6 @@ def solve(folder):
     handout(folder)
     for a, file in FILES.items():
         (folder / f"{file}.py").write_text(student(a), encoding="utf-8")
-
-
-# ---- grading ----
-
-PARTS = {"experiment": 5, "results.csv": 5, "a5.png": 2, "sentences": 3}  # of A5
-HIDDEN = dict(conditions=("full", "eps=1e-8"), seeds=(11, 12), epochs=1)  # the experiment that is run again
-ALLOWED = [*(f"{file}.py" for file in FILES.values()), "results.csv", "a5.png"]
-TOO_LARGE = 5_000_000  # bytes of a file
-
-
-def unpack(path, folder):
-    """Puts the files that are asked for, from a zip file or a folder, into a folder, and nothing else.
-
-    Raises:
-        Problem: it cannot be read.
-    """
-    try:
-        if path.is_dir():
-            files = [file for file in path.iterdir() if file.is_file()]
-            sizes = {file.name: (file.stat().st_size, file.read_bytes) for file in files}
-        else:
-            archive = zipfile.ZipFile(path)
-            infos = [info for info in archive.infolist() if not info.filename.startswith("__MACOSX")]
-            sizes = {Path(info.filename).name: (info.file_size, partial(archive.read, info)) for info in infos}
-        for name in sizes.keys() & set(ALLOWED):
-            size, read = sizes[name]
-            if size > TOO_LARGE:
-                raise Problem(f"{name} is larger than {TOO_LARGE} bytes")
-            (folder / name).write_bytes(read())
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
-        raise Problem(f"it cannot be unpacked: {error}") from None
-
-
-def execute(folder, parts, seconds):
-    """Runs what was handed in. Returns part -> what was found, and the set of the parts that print.
-
-    A process that hangs or dies is replaced by another one, for what is left.
-    """
-    left, found, printing = list(parts), {}, set()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while left:
-        command = [sys.executable, "worker.py", json.dumps(HIDDEN), *left]
-        try:
-            subprocess.run(command, cwd=folder, timeout=seconds, env=environment, check=False, **quiet)
-            end = "it ended the program"
-        except subprocess.TimeoutExpired:
-            end = f"it did not end within {seconds:g} seconds"
-        while left and (folder / f"{left[0]}.json").exists():
-            part = left.pop(0)
-            found[part], prints = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-            if prints:
-                printing.add(part)
-            if (folder / f"{part}.npz").exists():
-                with np.load(folder / f"{part}.npz") as arrays:
-                    for key in arrays.files:
-                        case, name = key.split("/", 1)
-                        found[part][int(case)] = (found[part][int(case)] or {}) | {name: arrays[key]}
-        if left:
-            found[left.pop(0)] = end
-    return found, printing
-
-
-def answer_of(a, numbers):
-    """The right answer to a student's own question."""
-    if a == "a1":  # with a constant current I, u[t] = I sum of (1 - 1/tau)^k until the first spike
-        return numbers["theta"] / sum((1 - 1 / numbers["tau"]) ** k for k in range(numbers["T"]))
-    if a == "a2":  # both I_EE - I_sub and I_div are multiplied by c
-        return numbers["v"]
-    if a == "a3":
-        return REFERENCE.poisson_gain(numbers["lambda"], numbers["d"]).item()
-    if a == "a4":
-        i_div = torch.tensor([numbers["I_div"]], requires_grad=True)
-        (numbers["c"] * REFERENCE.stabilize(i_div, ste=False)).sum().backward()
-        return i_div.grad[i_div == i_div[i_div > 0].min()].item()
-    return float(np.log(numbers["classes"]))
-
-
-def grade_one(path, book, folder, seconds):
-    """Points by part, remarks, and the mistakes of one submission, which is unpacked into an empty folder."""
-    points, remarks, mistakes = {}, [], []
-
-    def note(part, possible, right, text, mistake=None):
-        points[part] = possible if right else 0
-        if not right:
-            remarks.append(f"{part}: {text}")
-        if mistake:
-            mistakes.append((part, mistake))
-
-    for name in ("check.py", "probes.py", "worker.py"):
-        shutil.copyfile(HERE / name, folder / name)
-    write(book, folder / "expected.npz", outputs=False)
-    functions = {name: worth for parts in check.POINTS.values() for name, worth in parts.items()}
-    unpack(path, folder)
-    found, printing = execute(folder, [*functions, "experiment", "answers"], seconds)
-    for name, possible in functions.items():
-        cases_found = found[name]
-        if isinstance(cases_found, str):
-            cases_found = [cases_found] * len(book[name]["inputs"])
-        right, text, mistake = check.verdict(name, cases_found, book[name])
-        note(name, possible, right, text, mistake)
-    answers = found["answers"] if isinstance(found["answers"], dict) else {}
-    for part, right, text, mistake in [
-        ("experiment", *check.judged(found["experiment"], HIDDEN["conditions"], HIDDEN["seeds"])),
-        *check.of_a5(answers.get("a5", {}), folder),
-    ]:
-        note(part, PARTS[part], right, text, mistake)
-    for a, numbers in check.own_numbers(re.sub("^submission-", "", path.stem)).items():
-        given, right = answers.get(a, {}).get(check.QUESTIONS[a]), answer_of(a, numbers)
-        good = isinstance(given, int | float) and abs(given - right) <= 0.01 * abs(right)
-        note(check.QUESTIONS[a], 2, good, f"{given}, not {right:.4g}")
-    remarks += [f"{part}: right or wrong, it prints; leave the print out" for part in sorted(printing)]
-    return points, remarks, mistakes
-
-
-def grade(folder, seconds, seed):
-    """Grades what is in a folder; see the top of this file."""
-    found = [p for p in folder.iterdir() if p.suffix == ".zip" or any((p / name).exists() for name in ALLOWED)]
-    if not found:
-        raise ValueError(
-            f"{folder} holds no submission: a zip file, or a folder with a1_lif.py and so on, for each student"
-        )
-    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
-    print(f"{len(found)} submissions; inputs drawn with --seed {seed}")
-    book, lines, texts, counts = compile_book(seed), [], [], collections.Counter()
-    for path in sorted(found):
-        with tempfile.TemporaryDirectory() as empty:
-            try:
-                points, remarks, mistakes = grade_one(path, book, Path(empty), seconds)
-            except Problem as problem:
-                points, remarks, mistakes = {}, [str(problem)], []
-        student_id = re.sub("^submission-", "", path.stem)
-        lines.append(dict(id=student_id, total=sum(points.values())) | points)
-        texts += [f"{student_id}: {sum(points.values())} points", *(f"  {remark}" for remark in remarks), ""]
-        counts.update(set(mistakes))
-        print(f"{student_id}: {sum(points.values())} of 100 points")
-    columns = max(lines, key=len)
-    with open(folder / "grades.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns), restval=0)
-        writer.writeheader()
-        writer.writerows(lines)
-    with open(folder / "mistakes.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["part", "mistake", "submissions"])
-        writer.writerows([*mistake, n] for mistake, n in counts.most_common())
-    (folder / "remarks.txt").write_text("\n".join(texts), encoding="utf-8")
-    print(f"wrote grades.csv, mistakes.csv and remarks.txt to {folder}; the sentences of A5 are yours to read")
 
 
 def main(argv=None):
@@ -394,7 +241,12 @@ def main(argv=None):
         elif args.command == "solve":
             solve(args.folder)
         else:
-            grade(args.folder, args.seconds, args.seed)
+            seed = int.from_bytes(os.urandom(3), "big") if args.seed is None else args.seed
+            print(f"inputs drawn with --seed {seed}")
+            book = compile_book(seed)
+            with tempfile.TemporaryDirectory() as folder:
+                write(book, Path(folder) / "questions.npz", outputs=False)
+                grade(args.folder, args.seconds, book, Path(folder) / "questions.npz")
     except (OSError, ValueError) as error:
         print(f"lecturer.py: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 For `lecturer.py`; it is not part of the handout.
 """
 
+import contextlib
 import types
 
 import torch
@@ -13,21 +14,30 @@ import lif
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 
 
+@contextlib.contextmanager
+def zeros_become_one():
+    """For a `with` block, "one" is a stabilizer of the repository: the function that the check gives to students."""
+    ei_prop.STABILIZERS["one"] = lambda i_div: torch.ones_like(i_div[:, :1])
+    try:
+        yield
+    finally:
+        del ei_prop.STABILIZERS["one"]
+
+
 class Given(EICircuit2d):
     """A 1x1 circuit with given parameters."""
 
     def __init__(self, w_ee, w_ie, w_ei, **rest):
-        super().__init__(w_ee.shape[1], len(w_ee), 1, eps="one")
+        super().__init__(w_ee.shape[1], len(w_ee), 1)
+        self.eps = "one"
         for name, value in dict(w_ee=w_ee[..., None, None], w_ie=w_ie[..., None, None], w_ei=w_ei, **rest).items():
             delattr(self, name)
             setattr(self, name, value)
 
     def at(self, x):
         """The currents for x, (N, in, P)."""
-        return {name: value[..., 0] for name, value in self.currents(x[..., None]).items()}
-
-
-ei_prop.STABILIZERS["one"] = lambda i_div: torch.ones_like(i_div[:, :1])  # the check's `stabilize`
+        with zeros_become_one():
+            return {name: value[..., 0] for name, value in self.currents(x[..., None]).items()}
 
 
 def currents(x, p, stabilize):
@@ -38,7 +48,8 @@ def pv_som_currents(x, p, stabilize):
     gains = dict(g_i=p["g_p"], g_e=p["g_e"], b_e=p["b_e"])
     som = Given(p["w_ee"], p["w_se"], p["w_es"], **gains | dict(g_i=torch.ones(len(p["w_se"])))).at(x)
     pv = Given(p["w_ee"], p["w_pe"], p["w_ep"], **gains).at(x)
-    quotient = ei_prop.divide(som["i_ee"] - som["i_sub"], pv["i_div"], "one")
+    with zeros_become_one():
+        quotient = ei_prop.divide(som["i_ee"] - som["i_sub"], pv["i_div"], "one")
     i_int = p["g_e"][:, None] * quotient + p["b_e"][:, None]
     return dict(i_ee=som["i_ee"], i_sub=som["i_sub"], i_div=pv["i_div"], i_int=i_int)
 

@@ -137,21 +137,24 @@ def run(condition, seed, epochs=5):
     train_x, train_y, test_x, test_y = digits()
     if condition != "no E-I Init":
         network.initialize(train_x[batches(seed, 0)[0]])
-    g_i = network.layers[0]["g_i"][0].item()
+    first = network.layers[0]
+    row = dict(condition=condition, seed=seed, steps=0)
+    row |= dict(g_i=first["g_i"][0].item(), first_weight=first["w_ee"].flatten()[0].item())
     optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
-    losses, accuracies = [], []
+    lowest, accuracies = [], []
     for epoch in range(epochs):
         for batch in batches(seed, epoch):
             loss = F.cross_entropy(network(train_x[batch]), train_y[batch])
-            losses.append(loss.item())
+            row.setdefault("first_loss", loss.item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             for p in network.layers:
                 clamp_dale(p)
+            row["steps"] += 1
+            lowest.append(network.lowest())
         accuracies.append(accuracy(network, test_x, test_y))
-    row = dict(condition=condition, seed=seed, steps=len(losses), g_i=g_i, first_loss=losses[0])
-    return row | dict(lowest=network.lowest(), by_epoch=accuracies, test_accuracy=accuracies[-1])
+    return row | dict(lowest=min(lowest), by_epoch=accuracies, test_accuracy=accuracies[-1])
 
 
 def experiment(conditions=("full", "eps=1e-8", "no STE", "no E-I Init"), seeds=(0, 1, 2, 3, 4), epochs=5):

@@ -228,7 +228,7 @@ def option(key, value):
 def run_name(config):
     """<data>-<arch>-<model>-<what differs from the paper's method>-seed<n>."""
     parts = [config["data"], config["arch"], config["model"]]
-    parts += [f"plan{config['plan']}"] * bool(config["plan"])
+    parts += [f"plan{config['plan']}"] if config.get("plan") else []
     parts += [] if config["width"] == 1 else [f"width{config['width']:g}"]
     if config["eps"] != "adaptive":
         parts.append(f"eps{config['eps']}" if isinstance(config["eps"], str) else f"eps{config['eps']:g}")

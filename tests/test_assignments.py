@@ -7,7 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import ablation
 import check
+import grading
 import lecturer
 import mistakes
 import numpy as np
@@ -18,9 +20,8 @@ from reference import REFERENCE
 FOLDER = Path(__file__).parents[1] / "assignments"
 
 BOOK = check.read()
-CODE = {
-    name: worth for points in check.POINTS.values() for name, worth in points.items()
-}  # function -> points, of A1 to A4
+FUNCTIONS = grading.FUNCTIONS
+CODE = {name: worth for points in FUNCTIONS.values() for name, worth in points.items()}
 
 
 def verdicts(module, functions, book=BOOK):
@@ -32,7 +33,6 @@ def same_book(a, b):
     """Whether two books hold the same, up to rounding, and the random draws of ei_init up to their tolerance."""
     assert a.keys() == b.keys()
     for name in a:
-        tolerance = check.TOLERANCE.get(name, 1e-4)
         assert [w[:2] for w in a[name]["wrong"]] == [tuple(w[:2]) for w in b[name]["wrong"]], name
         sides = [(a[name][part], b[name][part]) for part in ("inputs", "right")]
         sides += [(v[2], w[2]) for v, w in zip(a[name]["wrong"], b[name]["wrong"], strict=True)]
@@ -41,7 +41,7 @@ def same_book(a, b):
                 assert (x is None) == (y is None) and (x is None or x.keys() == y.keys()), name
                 for key in x or ():
                     if x[key].dtype.kind in "fiub":
-                        assert not check.differs(x[key] * 1.0, y[key] * 1.0, tolerance).any(), (name, key)
+                        assert not check.differs(x[key] * 1.0, y[key] * 1.0, key).any(), (name, key)
 
 
 def test_expected_is_what_freeze_writes_and_small():
@@ -64,7 +64,7 @@ def test_a_changed_repository_is_noticed(tmp_path, file, old, new):
     program = (
         "import sys; sys.path.insert(0, 'assignments'); import check, lecturer\n"
         "old, new = check.read(), lecturer.compile_book(1)\n"
-        "print(*[n for n in old if any(check.first_difference(x, y, check.TOLERANCE.get(n, 1e-4))"
+        "print(*[n for n in old if any(check.first_difference(x, y)"
         " for x, y in zip(new[n]['right'], old[n]['right']))])"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
@@ -73,15 +73,14 @@ def test_a_changed_repository_is_noticed(tmp_path, file, old, new):
 
 def test_the_solution_gets_all_points_on_other_inputs_too():
     for book in (BOOK, lecturer.compile_book(seed=5), lecturer.compile_book(seed=6)):
-        for a, functions in check.POINTS.items():
+        for a, functions in FUNCTIONS.items():
             for name, (right, text, _) in verdicts(lecturer.module(lecturer.student(a)), functions, book).items():
                 assert right, (name, text)
-    assert sum(CODE.values()) + sum(check.OF_A5.values()) + 2 * len(check.QUESTIONS) == 100
-    assert sum(lecturer.PARTS.values()) == sum(check.OF_A5.values())
+    assert sum(CODE.values()) + sum(check.POINTS["a5"].values()) + 2 * len(check.QUESTIONS) == 100
 
 
 def test_signatures_agree():
-    for a, functions in check.POINTS.items():
+    for a, functions in FUNCTIONS.items():
         stub = lecturer.module((FOLDER / f"{probes.FILES[a]}.py").read_text(encoding="utf-8"))
         solved = lecturer.module(lecturer.student(a))
         for name in functions:
@@ -97,7 +96,7 @@ ALL = [(a, name, way) for a, several in mistakes.MISTAKES.items() for name, _, w
 @pytest.mark.parametrize("a, mistake, way", ALL, ids=[f"{a} {name}" for a, name, _ in ALL])
 def test_a_known_mistake_is_called_by_its_name(a, mistake, way):
     for book in (BOOK, OTHER):
-        found = verdicts(lecturer.module(lecturer.student(a, way)), check.POINTS[a], book)
+        found = verdicts(lecturer.module(lecturer.student(a, way)), FUNCTIONS[a], book)
         wrong = {name: (text, called) for name, (right, text, called) in found.items() if not right}
         assert wrong, mistake
         assert {called for _, called in wrong.values()} == {mistake}, wrong
@@ -109,7 +108,7 @@ OTHER = lecturer.compile_book(seed=2)
 def test_there_are_ten_mistakes_for_each_assignment():
     for several in mistakes.MISTAKES.values():
         assert len({name for name, _, _ in several}) >= 10
-    assert len(mistakes.ABLATION) >= 10
+    assert len({name for name, _ in ABLATION}) >= 10
 
 
 UNKNOWN = [  # errors that are not planted
@@ -168,33 +167,86 @@ def test_what_cannot_be_compared_gets_one_sentence(a, function, body, sentence):
 
 # ---- A5 ----
 
+NETWORK = "    network = Network(condition)\n"
+ABLATION = [
+    (
+        "network reused",
+        {
+            NETWORK: "    network = run.__dict__.setdefault('network', Network(condition))\n",
+            'if condition != "no E-I Init":': "if seed == 0 and condition == 'full':",
+        },
+    ),
+    ("E-I Init forgotten", {'if condition != "no E-I Init":': "if False:"}),
+    ("E-I Init forgotten", {'if condition != "no E-I Init":': "if condition == 'full':"}),
+    ("E-I Init under every condition", {'if condition != "no E-I Init":': "if True:"}),
+    ("initialised on test data", {"train_x[batches(seed, 0)[0]]": "test_x"}),
+    ("initialised on test data", {"train_x[batches(seed, 0)[0]]": "test_x[:BATCH]"}),
+    ("initialised on the whole training set", {"train_x[batches(seed, 0)[0]]": "train_x"}),
+    ("seed ignored", {"torch.manual_seed(seed)": "torch.manual_seed(0)"}),
+    ("seed ignored", {"batches(seed, epoch)": "batches(0, epoch)", "batches(seed, 0)": "batches(0, 0)"}),
+    (
+        "seeded once",
+        {"    torch.manual_seed(seed)\n": "", "    rows = []\n": "    rows = []\n    torch.manual_seed(0)\n"},
+    ),
+    ("no clamp", {"clamp_dale(p)": "pass"}),
+    (
+        "clamp before the step",
+        {
+            "            optimizer.step()\n            for p in network.layers:\n                clamp_dale(p)\n": (
+                "            for p in network.layers:\n                clamp_dale(p)\n            optimizer.step()\n"
+            )
+        },
+    ),
+    ("training accuracy reported", {"accuracy(network, test_x, test_y)": "accuracy(network, train_x, train_y)"}),
+    ("best epoch reported", {"test_accuracy=accuracies[-1]": "test_accuracy=max(accuracies)"}),
+    ("unequal steps", {"range(epochs)": "range(epochs + (condition == 'full'))"}),
+]
+
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """A function: the rows of a short experiment with a network of solved assignments, with some changes of `run`."""
     for a in ("a1", "a2", "a3", "a4"):
         sys.modules[probes.FILES[a]] = lecturer.module(lecturer.student(a))
-    conditions, seeds = ("full", "eps=1e-8"), (0, 1)
+    how = dict(conditions=("full", "no STE", "no E-I Init"), seeds=(0, 1), epochs=3)
 
-    def rows(edits=()):
+    def judge(edits=()):
         made = lecturer.module(lecturer.student("a5", edits))
         made.HERE = FOLDER
         whole = made.batches
         made.batches = lambda seed, epoch: whole(seed, epoch)[:6]
-        found = made.experiment(conditions, seeds, epochs=4)
         path = tmp_path_factory.mktemp("a5") / "results.csv"
-        made.write_csv(found, path)
-        return check.judged(check.read_rows(path), conditions, seeds)
+        made.write_csv(made.experiment(**how), path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ablation, "N_BATCHES", 6)
+            return check.judged(check.read_lines(path), **how)
 
-    yield rows
-    for a in ("a1", "a2", "a3", "a4"):
+    yield judge
+    for a in FUNCTIONS:
         del sys.modules[probes.FILES[a]]
 
 
-@pytest.mark.parametrize("mistake", mistakes.ABLATION)
-def test_results_show_the_mistakes_of_an_experiment(experiment, mistake):
-    right, text, called = experiment(mistakes.ABLATION[mistake])
+@pytest.mark.parametrize("mistake, edits", ABLATION, ids=[f"{name} {i}" for i, (name, _) in enumerate(ABLATION)])
+def test_results_show_the_mistakes_of_an_experiment(experiment, mistake, edits):
+    right, text, called = experiment(edits)
     assert not right and called == mistake, text
+
+
+FALSE = [  # errors of other kinds, which must not be taken for those
+    {'first["g_i"][0].item()': "1.0"},  # read before E-I Init
+    {'row.setdefault("first_loss", loss.item())': 'row["first_loss"] = loss.item()'},
+    {"            optimizer.step()\n": ""},
+    {"range(epochs)": "range(1)"},
+    {"in batches(seed, epoch):": "in batches(seed, epoch)[:1]:"},
+    {"accuracy(network, test_x, test_y)": "round(accuracy(network, test_x, test_y), 2)"},
+]
+
+
+@pytest.mark.parametrize("edits", FALSE, ids=range(len(FALSE)))
+def test_other_errors_of_an_experiment_get_no_such_name(experiment, edits):
+    right, text, called = experiment(edits)
+    assert called is None, text
+    assert not right or "optimizer.step" in str(edits) or "first_loss" in str(edits)  # which nothing contradicts here
 
 
 def test_a_right_experiment_is_right(experiment):
@@ -204,20 +256,42 @@ def test_a_right_experiment_is_right(experiment):
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("condition,seed\nfull,0\n", "the columns are to be condition, seed, steps"),
-        ("condition;seed;steps\nfull;0;1\n", "the columns are to be condition, seed, steps"),
-        (",".join(check.COLUMNS) + "\nfull,0,1,1,x,0,0.1,0.1\n", "line 2: could not convert"),
-        (",".join(check.COLUMNS) + "\nfull,0,1,1,nan,0,0.1,0.1\n", "line 2: a number is not finite"),
-        (",".join(check.COLUMNS) + "\nfull,0,1,1,1,0,,0.1\n", "line 2: by_epoch is empty"),
-        ("\0", "results.csv"),
+        ("condition,seed\nfull,0\n", "line 2: there is no steps; the columns are condition, seed, steps"),
+        ("condition;seed;steps\nfull;0;1\n", "line 2: there is no condition; the columns are condition, seed, steps"),
+        (
+            ",".join(ablation.COLUMNS) + "\nfull,0,1,1,x,0,0,0.1,0.1\n",
+            "line 2: first_weight is 'x', which is no number",
+        ),
+        (",".join(ablation.COLUMNS) + "\nfull,0,1,1,nan,0,0,0.1,0.1\n", "line 2: first_weight is nan, and"),
+        (",".join(ablation.COLUMNS) + "\nfull,0," + "1" * 400 + ",1,1,0,0,0.1,0.1\n", "line 2: steps is 1111"),
+        (",".join(ablation.COLUMNS) + "\nfull,0,1,1,1,0,0,,0.1\n", "line 2: by_epoch is empty"),
+        (",".join(ablation.COLUMNS) + "\nfull,0,1,1,1,0,0\n", "line 2: there is no by_epoch"),
+        (",".join(ablation.COLUMNS) + "\n", "There are 0 lines for 'full', seed 0"),
     ],
 )
 def test_a_table_that_cannot_be_read_gets_one_sentence(tmp_path, text, sentence):
     path = tmp_path / "results.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(probes.Problem, match=sentence):
-        check.judged(check.read_rows(path))
-        raise probes.Problem("results.csv was read")  # a table without a line
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    right, said, called = check.judged(check.read_lines(path))
+    assert not right and called is None and sentence in said
+
+
+@pytest.mark.parametrize(
+    "rows, sentence",
+    [
+        (None, "it returns NoneType, not a list of dicts"),
+        ([1], "it returns list, not a list of dicts"),
+        ([dict(condition="full")], "run, line 1: there is no seed"),
+        ([dict(by_epoch=5)], "TypeError"),
+        ([], "There are 0 lines"),
+    ],
+)
+def test_what_is_no_experiment_gets_one_sentence(rows, sentence):
+    class Module:
+        experiment = staticmethod(lambda *_: rows)
+
+    right, said, _ = check.judged(check.experiment(Module, **check.SHORT), "run", **check.SHORT)
+    assert not right and sentence in said
 
 
 # ---- the handout ----
@@ -246,14 +320,14 @@ def test_handout(tmp_path, capsys):
     folder = tmp_path / "my course \N{LATIN SMALL LETTER U WITH DIAERESIS}"
     assert lecturer.main(["handout", str(folder)]) == 0
     names = {path.name for path in folder.iterdir()}
-    assert names == {f"{f}.py" for f in probes.FILES.values()} | {"README.md", "check.py", "probes.py", "expected.npz"}
+    assert names == {f"{f}.py" for f in probes.FILES.values()} | {"README.md", *lecturer.GIVEN}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000
     assert "For the lecturer" not in (folder / "README.md").read_text(encoding="utf-8")
     for path in folder.glob("a*.py"):  # as an editor on Windows saves it
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     ran = run_check(folder, "all")
     assert ran.returncode == 1 and "Traceback" not in ran.stdout + ran.stderr, ran.stderr
-    assert ran.stdout.count("not done yet") == len(CODE) + len(check.OF_A5) + len(check.QUESTIONS)
+    assert ran.stdout.count("not done yet") == len(CODE) + len(check.POINTS["a5"]) + len(check.QUESTIONS)
     assert lecturer.main(["handout", str(folder)]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -272,7 +346,7 @@ def test_setup_and_all_in_a_solved_handout(solved):
     ran = run_check(solved, "setup", "--id", "s-1")
     assert ran.returncode == 0 and "tau = " in ran.stdout
     ran = run_check(solved, "all")
-    assert f"{sum(CODE.values())} of 90 points" in ran.stdout, ran.stdout + ran.stderr
+    assert f"{sum(CODE.values()) + 5} of 90 points" in ran.stdout, ran.stdout + ran.stderr
     (solved / "a2_circuit.py").write_text("def currents(:\n", encoding="utf-8")
     ran = run_check(solved, "a2")
     assert "a2_circuit.py, line 1: SyntaxError" in ran.stdout and ran.returncode == 1
@@ -293,14 +367,14 @@ def test_own_numbers():
     assert len({str(numbers) for numbers in many}) == 300
     for numbers in many:
         for a in check.QUESTIONS:
-            assert np.isfinite(lecturer.answer_of(a, numbers[a]))
+            assert np.isfinite(grading.answer_of(a, numbers[a]))
         flat = [v for row in numbers["a4"]["I_div"] for v in row]
         positive = [v for v in flat if v]
         assert 0 < len(positive) < 6 and len(set(positive)) == len(positive)
         lent = numbers["a4"]["c"] * (1 + flat.count(0))  # its own gradient, and that of each zero
-        assert lecturer.answer_of("a4", numbers["a4"]) == pytest.approx(lent)
+        assert grading.answer_of("a4", numbers["a4"]) == pytest.approx(lent)
         tau, theta, steps = numbers["a1"]["tau"], numbers["a1"]["theta"], numbers["a1"]["T"]
-        current = lecturer.answer_of("a1", numbers["a1"])
+        current = grading.answer_of("a1", numbers["a1"])
         for factor, fires in ((1.001, True), (0.999, False)):
             u, reached = 0, False
             for _ in range(steps):
@@ -322,10 +396,9 @@ def test_grade(tmp_path, capsys):
     solution = {f"{file}.py": lecturer.student(a) for a, file in probes.FILES.items()}
     numbers, answered = check.own_numbers("good"), dict(solution)
     for a, key in check.QUESTIONS.items():
-        line = f"\nANSWERS[{key!r}] = {lecturer.answer_of(a, numbers[a])}\n"
-        answered[f"{probes.FILES[a]}.py"] += line
+        answered[f"{probes.FILES[a]}.py"] += f"\nANSWERS[{key!r}] = {grading.answer_of(a, numbers[a])}\n"
     answered["a5_ablation.py"] += "\nANSWERS['sentences'] = ['This is a long enough sentence.'] * 5\n"
-    pack(tmp_path / "submission-good.zip", answered | {"../evil.py": "x"})
+    pack(tmp_path / "Some Name_submission-bad.ZIP", answered | {"id.txt": "good", "../evil.py": "x"})
 
     bad = dict(solution)
     bad["a1_lif.py"] += """
@@ -338,41 +411,71 @@ def f_i_curve(currents, tau=2.0, threshold=1.0, steps=100):
 """
     bad["a2_circuit.py"] = lecturer.student("a2", {'p["g_i"][:, None] * s_i': "s_i"})
     bad["a2_circuit.py"] += "\ndef pv_som_currents(x, p, stabilize):\n    import os\n    os._exit(0)\n"
-    bad["a4_prop.py"] += "\nraise RuntimeError('no')\n"
-    bad["a5_ablation.py"] = "def experiment(**options): return [dict(condition='full')]\n"
-    pack(tmp_path / "submission-bad.zip", {f"folder/{name}": text for name, text in bad.items()})
+    bad["a3_init.py"] += "\nANSWERS = 5\n"
+    bad["a4_prop.py"] += "\nANSWERS = {'gradient_without_ste': float('nan')}\nraise RuntimeError('no\\ud800')\n"
+    bad["a5_ablation.py"] = (
+        "ANSWERS = dict(sentences=5, silent_loss=10**400)\ndef experiment(*a): return [{'seed': 1}]\n"
+    )
+    pack(tmp_path / "submission-b.zip", {f"folder/{name}": text for name, text in bad.items()})
 
     stored = [case["s"].tolist() for case in BOOK["spike"]["right"]]
     cheat = f"import torch\nstored = {stored}\ndef spike(u, threshold=1.0):\n    return torch.tensor(stored.pop(0))\n"
-    (tmp_path / "cheat").mkdir()
-    (tmp_path / "cheat" / "a1_lif.py").write_text(cheat, encoding="utf-8")
+    (tmp_path / "cheat" / "deep").mkdir(parents=True)
+    (tmp_path / "cheat" / "deep" / "a1_lif.py").write_text(cheat, encoding="utf-8")
+    answer = grading.answer_of("a5", check.own_numbers("cheat")["a5"])
+    written = f"import os\nos._exit(0)\nANSWERS = {{'silent_loss': {answer}}}\n"  # is read, though it never gets there
+    (tmp_path / "cheat" / "deep" / "a5_ablation.py").write_text(written, encoding="utf-8")
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
+    pack(tmp_path / "other.zip", {"essay.txt": "dear professor"})
+    (tmp_path / "c.tar.gz").write_bytes(b"")
 
-    assert lecturer.main(["grade", str(tmp_path), "--seconds", "10"]) == 0
-    text = capsys.readouterr().out
-    grades = {line.split(",")[0]: line for line in (tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines()}
-    columns = grades["id"].split(",")
-    points = {name: dict(zip(columns, line.split(","), strict=True)) for name, line in grades.items()}
-    remarks = (tmp_path / "remarks.txt").read_text(encoding="utf-8")
-    assert points["good"]["total"] == "93", remarks  # all but results.csv and a5.png
-    assert not (tmp_path.parent / "evil.py").exists()
-    assert points["cheat"]["spike"] == "0" and points["cheat"]["total"] == "0"
-    assert points["broken"]["total"] == "0"
-    assert points["bad"]["spike"] == "3" and points["bad"]["f_i_curve"] == "0"
-    assert points["bad"]["gain"] == "4" and points["bad"]["clamp_dale"] == "3"
-    for sentence in (
-        "f_i_curve: it did not end within 10 seconds",
-        "pv_som_currents: it ended the program",
-        "spike: right or wrong, it prints",
-        "currents: no g_I. ",
-        "stabilize: a4_prop.py, line ",
-        "RuntimeError: no",
-        "it cannot be unpacked: File is not a zip file",
-        "surrogate: the file has no such function",
+    assert lecturer.main(["grade", str(tmp_path), "--seconds", "8"]) == 0
+    out = capsys.readouterr().out
+    header, *lines = (tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines()
+    points = {line.split(",")[0]: dict(zip(header.split(","), line.split(","), strict=True)) for line in lines}
+    remarks = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "remarks").iterdir()}
+    assert points.keys() == remarks.keys() == {"good", "b", "cheat", "broken", "other"}
+    assert points["good"]["total"] == "93", remarks["good"]  # all but results.csv and a5.png
+    assert not list(tmp_path.parent.rglob("evil.py"))
+    assert points["cheat"]["spike"] == "0" and points["cheat"]["total"] == "2", remarks["cheat"]
+    assert [points["b"][part] for part in ("spike", "simulate", "f_i_curve", "gain", "clamp_dale", "sentences")] == [
+        *("3", "10", "0", "4", "3", "0")
+    ], remarks["b"]
+    for name, sentence in (
+        ("b", "f_i_curve: It did not end within 8 seconds."),
+        ("b", "pv_som_currents: It ended the program."),
+        ("b", "spike: it prints something."),
+        ("b", "currents: no g_I. "),
+        ("b", "stabilize: a4_prop.py, line "),
+        ("b", "RuntimeError: no"),
+        ("b", "experiment: run, line 1: there is no condition"),
+        ("b", "silent_loss: "),
+        ("b", "gain_for_poisson: there is no answer; right is "),
+        ("cheat", "surrogate: the file has no such function"),
+        ("broken", "It cannot be unpacked: File is not a zip file"),
+        ("other", "There is none of the files a1_lif.py, "),
     ):
-        assert sentence in remarks, remarks
+        assert sentence in remarks[name], remarks[name]
     assert "currents,no g_I,1" in (tmp_path / "mistakes.csv").read_text(encoding="utf-8")
-    assert "4 submissions" in text
+    assert "5 submissions" in out and "not graded, because it is no zip file: c.tar.gz" in out
+
+
+def test_one_submission_does_not_end_the_grading_of_the_others(tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        pack(tmp_path / f"submission-{name}.zip", {"a1_lif.py": ""})
+    pack(tmp_path / "submission-a (1).zip", {"a1_lif.py": ""})
+
+    def grade_one(folder, student_id, *_):
+        if student_id == "a":
+            raise ZeroDivisionError("by zero")
+        return {"spike": 3}, [], []
+
+    monkeypatch.setattr(grading, "grade_one", grade_one)
+    assert lecturer.main(["grade", str(tmp_path)]) == 0
+    lines = (tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [["a", "0"], ["a", "0"], ["b", "3"]]
+    said = (tmp_path / "remarks" / "a.txt").read_text(encoding="utf-8")
+    assert "could not be graded: ZeroDivisionError" in said and "more than one submission of a" in said
 
 
 def test_nothing_to_grade(tmp_path, capsys):
