@@ -79,7 +79,7 @@ def differs(a, b, key=""):
     random = key.startswith(("mean and standard deviation", "share"))
     with np.errstate(invalid="ignore"):
         finite = np.abs(b[np.isfinite(b) & (b != 0)])
-        size = np.abs(b) if random else np.abs(b) + (np.median(finite) if finite.size else 1)
+        size = np.abs(b) + 1e-3 * np.abs(b).max() if random else np.abs(b) + (np.median(finite) if finite.size else 1)
         close = np.isfinite(b) & (np.abs(a - b) <= (0.06 if random else 1e-4) * size)
         return ~(close | (a == b))
 

@@ -108,7 +108,7 @@ def cases(seed):
             dict(rate=r.randint(1, 20) / 20, d=100),
             dict(rate=r.randint(21, 60) / 20, d=int(r.randint(20, 99))),
         ],
-        ei_init=[drawn(160, 240, 3, 6, 4, n), drawn(200, 300, 3, 120, readout=True)],
+        ei_init=[drawn(320, 480, 3, 6, 4, n), drawn(240, 360, 3, 120, readout=True)],
         initialize=[dict(n_layers=3, x=sparse(3, n))],
         stabilize=[
             divisors((3, 4, n), "adaptive", True),
