@@ -208,17 +208,17 @@ def experiment(tmp_path_factory):
     """A function: the rows of a short experiment with a network of solved assignments, with some changes of `run`."""
     for a in ("a1", "a2", "a3", "a4"):
         sys.modules[probes.FILES[a]] = lecturer.module(lecturer.student(a))
-    how = dict(conditions=("full", "no STE", "no E-I Init"), seeds=(0, 1), epochs=3)
 
-    def judge(edits=()):
+    def judge(edits=(), epochs=1, n_batches=4):
+        how = dict(conditions=("full", "no STE", "no E-I Init"), seeds=(0, 1), epochs=epochs)
         made = lecturer.module(lecturer.student("a5", edits))
         made.HERE = FOLDER
         whole = made.batches
-        made.batches = lambda seed, epoch: whole(seed, epoch)[:6]
+        made.batches = lambda seed, epoch: whole(seed, epoch)[:n_batches]
         path = tmp_path_factory.mktemp("a5") / "results.csv"
         made.write_csv(made.experiment(**how), path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ablation, "N_BATCHES", 6)
+            patch.setattr(ablation, "N_BATCHES", n_batches)
             return check.judged(check.read_lines(path), **how)
 
     yield judge
@@ -228,7 +228,8 @@ def experiment(tmp_path_factory):
 
 @pytest.mark.parametrize("mistake, edits", ABLATION, ids=[f"{name} {i}" for i, (name, _) in enumerate(ABLATION)])
 def test_results_show_the_mistakes_of_an_experiment(experiment, mistake, edits):
-    right, text, called = experiment(edits)
+    longer = mistake in ("no clamp", "best epoch reported")  # they show only after some steps
+    right, text, called = experiment(edits, *((3, 6) if longer else ()))
     assert not right and called == mistake, text
 
 
@@ -236,7 +237,7 @@ FALSE = [  # errors of other kinds, which must not be taken for those
     {'first["g_i"][0].item()': "1.0"},  # read before E-I Init
     {'row.setdefault("first_loss", loss.item())': 'row["first_loss"] = loss.item()'},
     {"            optimizer.step()\n": ""},
-    {"range(epochs)": "range(1)"},
+    {"range(epochs)": "range(2)"},
     {"in batches(seed, epoch):": "in batches(seed, epoch)[:1]:"},
     {"accuracy(network, test_x, test_y)": "round(accuracy(network, test_x, test_y), 2)"},
 ]
@@ -429,7 +430,7 @@ def f_i_curve(currents, tau=2.0, threshold=1.0, steps=100):
     pack(tmp_path / "other.zip", {"essay.txt": "dear professor"})
     (tmp_path / "c.tar.gz").write_bytes(b"")
 
-    assert lecturer.main(["grade", str(tmp_path), "--seconds", "8"]) == 0
+    assert lecturer.main(["grade", str(tmp_path), "--seconds", "6"]) == 0
     out = capsys.readouterr().out
     header, *lines = (tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines()
     points = {line.split(",")[0]: dict(zip(header.split(","), line.split(","), strict=True)) for line in lines}
@@ -442,7 +443,7 @@ def f_i_curve(currents, tau=2.0, threshold=1.0, steps=100):
         *("3", "10", "0", "4", "3", "0")
     ], remarks["b"]
     for name, sentence in (
-        ("b", "f_i_curve: It did not end within 8 seconds."),
+        ("b", "f_i_curve: It did not end within 6 seconds."),
         ("b", "pv_som_currents: It ended the program."),
         ("b", "spike: it prints something."),
         ("b", "currents: no g_I. "),
