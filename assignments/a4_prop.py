@@ -12,9 +12,9 @@
 import torch  # noqa: F401 (you will need it)
 
 ANSWERS = {
-    # Question 4 (2 points), with your own numbers of `python check.py setup --id YOUR_ID`: one sample of I_div, and
-    # c = dL/d(I_div after stabilization), the same at each element. Without STE, autograd goes through the replacement.
-    # What is then dL/dI_div of the smallest positive element? A number.
+    # Question 4 (2 points), with your own numbers of `python check.py setup --id YOUR_ID`: one sample of I_div, of two
+    # neurons (rows) at three positions, and c = dL/d(I_div after stabilization), the same at each element. Without STE,
+    # autograd goes through the replacement. What is then dL/dI_div of the smallest positive element? A number.
     "gradient_without_ste": None,
 }
 
@@ -25,7 +25,8 @@ def stabilize(i_div, eps="adaptive", ste=True):
     Args:
         i_div: I_div, (N, ...), not negative. A sample is one index of the first axis.
         eps: "adaptive", or a positive number: the alternative that the paper argues against, I_div + eps.
-        ste: with the straight-through estimator. False: autograd goes through the replacement.
+        ste: with the straight-through estimator. False: autograd goes through the replacement, so that a replaced zero
+            itself gets no gradient.
 
     Returns:
         The same shape, positive and finite. In a sample that has no positive value at all, zeros become 1.

@@ -6,8 +6,8 @@ there are five seeds. Write `run` (one training), `experiment` (all of them) and
 
     python a5_ablation.py
 
-writes results.csv and a5.png (one to two minutes), and `python check.py a5` looks at both. Then write your five
-sentences below.
+writes results.csv and a5.png (five epochs each, one to two minutes), and `python check.py a5` looks at both. Then write
+your five sentences below.
 """
 
 import csv
@@ -34,7 +34,7 @@ ANSWERS = {
     "sentences": [
         "",  # 1. How much worse is eps=1e-8 than the full method? Mean and standard deviation over the seeds.
         "",  # 2. What would you have written if you had trained with one seed only? Name a seed that misleads.
-        "",  # 3. Why does leaving out STE change (nearly) nothing here? When would it?
+        "",  # 3. Why does leaving out STE change (nearly) nothing here? Look at I_EE - I_sub where I_div is 0.
         "",  # 4. first_loss is near ln 10 under every condition. Why is it no sign of a good start?
         "",  # 5. What would you measure next to find out whether the gradient scaling of A4 matters?
     ],

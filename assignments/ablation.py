@@ -18,7 +18,10 @@ def rows_of(lines, source):
     for i, line in enumerate(lines, 2 if source == "results.csv" else 1):
         place = f"{source}, line {i}"
         if missing := [name for name in COLUMNS if line.get(name) is None]:
-            raise Problem(f"{place}: there is no {missing[0]}; the columns are {', '.join(COLUMNS)}")
+            semicolons = (
+                " It has semicolons, as some tables save it: let write_csv write it." if ";" in str(line) else ""
+            )
+            raise Problem(f"{place}: there is no {missing[0]}; the columns are {', '.join(COLUMNS)}.{semicolons}")
         row = {}
         for name, kind in COLUMNS.items():
             try:

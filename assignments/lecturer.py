@@ -55,10 +55,10 @@ def cases(seed):
     def dyadic(low, high, shape):  # multiples of 1/64: with tau = 2 and 4 the potentials are exact in float32
         return (r.randint(64 * low, 64 * high, shape) / 64).astype(np.float32)
 
-    def neuron(tau, threshold, alpha, n):
-        current = dyadic(-1, 3, (8, n))
-        current[0, :4] = threshold  # exactly at the threshold
-        return dict(current=current, tau=tau, threshold=threshold, alpha=alpha, weights=weights(8, n))
+    def neuron(tau, threshold, alpha, *shape):
+        current = dyadic(-1, 3, (8, *shape))
+        current[0, ..., :4] = threshold  # exactly at the threshold
+        return dict(current=current, tau=tau, threshold=threshold, alpha=alpha, weights=weights(8, *shape))
 
     def circuit(n_in, n_e, cells):
         """`cells`: parameters of each population, by name: (rows, columns) or (rows,)."""
@@ -88,15 +88,17 @@ def cases(seed):
     def divisors(shape, eps, ste):
         i_div = sparse(*shape)
         i_div[r.randint(1, shape[0])] = 0  # a silent sample
+        i_div[0, 0, 0] = 1e-7  # small, but not 0
         return dict(i_div=i_div, eps=eps, ste=ste, weights=weights(*shape))
 
     n, e = r.randint(5, 9), 4 * r.randint(2, 4)
     neurons = dict(u=r.permutation(np.arange(-8, 25) / 8).astype(np.float32), threshold=1.5)
+    grid = dict(u=neurons["u"].reshape(3, 11))
     constant = dict(currents=np.append(dyadic(0, 3, n), [0.5, 1]).astype(np.float32))
     found = dict(
-        spike=[neurons, neurons | dict(threshold=0.5)],
-        surrogate=[neurons | dict(alpha=4.0), neurons | dict(threshold=0.5, alpha=2.0)],
-        simulate=[neuron(4.0, 1.0, 4.0, n), neuron(2.0, 1.5, 2.0, n + 1)],
+        spike=[neurons, grid | dict(threshold=0.5)],
+        surrogate=[neurons | dict(alpha=4.0), grid | dict(threshold=0.5, alpha=2.0)],
+        simulate=[neuron(4.0, 1.0, 4.0, n), neuron(2.0, 1.5, 2.0, 2, n)],
         f_i_curve=[constant | dict(tau=2.0, threshold=1.0, steps=16), constant | dict(tau=4.0, threshold=1.5, steps=8)],
         currents=[pv(e, e, e // 4), pv(n + 8, e, e // 2)],
         clamp_dale=[clamped(n, e, 3), clamped(n, e, 2, readout=True)],
@@ -108,11 +110,11 @@ def cases(seed):
             dict(rate=r.randint(1, 20) / 20, d=100),
             dict(rate=r.randint(21, 60) / 20, d=int(r.randint(20, 99))),
         ],
-        ei_init=[drawn(320, 480, 3, 6, 4, n), drawn(240, 360, 3, 120, readout=True)],
+        ei_init=[drawn(320, 480, 3, 6, 9, n), drawn(240, 360, 3, 120, readout=True)],
         initialize=[dict(n_layers=3, x=sparse(3, n))],
         stabilize=[
             divisors((3, 4, n), "adaptive", True),
-            divisors((4, 3, n), "adaptive", False),
+            divisors((4, 3, 2, n), "adaptive", False),
             divisors((2, 3, n), 0.25, True),
         ],
         scale_gradient=[dict(w=weights(3, n), factor=0.125, weights=weights(3, n))],

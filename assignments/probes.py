@@ -70,11 +70,11 @@ def number(value, what):
     return array
 
 
-def gradient(out, weights, x):
+def gradient(out, weights, x, keep=False):
     """d(sum of weights times out)/dx; 0 where nothing leads from out back to x."""
     loss = (out * weights).sum()
     try:
-        found = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
+        found = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=keep)[0] if loss.requires_grad else None
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
@@ -98,9 +98,8 @@ def simulate(m, c):
 
 def some_currents(function, names, m, c):
     x = c.with_gradient("x")
-    out = getattr(m, function)(
-        x, c.parameters(), lambda i_div: i_div + (i_div == 0)
-    )  # zeros become 1, with their gradient
+    parameters = [c.with_gradient(name) for name in c if name.startswith("p_")]
+    out = getattr(m, function)(x, c.parameters(), lambda i_div: i_div + 0.5 * (i_div == 0))  # zeros become 0.5
     if not isinstance(out, dict):
         raise Problem(f"it returns {'None' if out is None else type(out).__name__}, not a dict of currents")
     if missing := [name for name in names if name not in out]:
@@ -108,7 +107,15 @@ def some_currents(function, names, m, c):
     like_ie = x.new_empty(len(x), len(c["p_w_ie"]), x.shape[2]) if "i_ie" in names else None
     found = {name: tensor(out[name], like_ie if name == "i_ie" else c["weights"], name) for name in names}
     c.unchanged()
-    return found | {"dL/dx": gradient(out["i_int"], c["weights"], x)}
+    found["dL/dx"] = gradient(out["i_int"], c["weights"], x, keep=True)
+    norms = [gradient(out["i_int"], c["weights"], p, keep=True).norm() for p in parameters]
+    return found | {f"norm of dL/d of {', '.join(c.parameters())},": torch.stack(norms)}
+
+
+def still_trained(parameters):
+    for name, p in parameters.items():
+        if not p.requires_grad:
+            raise Problem(f"{name} requires no gradient any more; change only its values")
 
 
 def clamp_dale(m, c):
@@ -117,7 +124,9 @@ def clamp_dale(m, c):
         value.requires_grad_()
     held = dict(p)  # what an optimiser would hold
     m.clamp_dale(p)
-    return {name: tensor(value.detach(), value, name) for name, value in held.items()}
+    still_trained(held)
+    values = {name: tensor(value.detach(), value, name) for name, value in held.items()}
+    return values | {"values that are 0": torch.cat([v.flatten() == 0 for v in values.values()]).float()}
 
 
 def ei_init(m, c):
@@ -128,14 +137,14 @@ def ei_init(m, c):
         p |= dict(g_i=torch.rand(n_i), g_e=torch.rand(n_e), b_e=torch.rand(n_e))
     held = {name: value.requires_grad_() for name, value in p.items()}
     m.ei_init(dict(held), c["x"])
+    still_trained(held)
     p = {name: tensor(value.detach(), value, name).numpy() for name, value in held.items()}
     found = {}
     for name in ("w_ee", "w_ie"):
         w = p.pop(name)
-        found[f"mean and standard deviation of {name}"] = np.array([w.mean(), w.std()])
-        found[f"share of {name} below 0, and below its mean"] = np.array(
-            [(w < 0).mean(), (w < 0.999 * w.mean()).mean()]
-        )
+        found[f"mean of {name}"], found[f"standard deviation of {name}"] = np.array(w.mean()), np.array(w.std())
+        found[f"share of {name} below 0"] = np.array((w < 0).mean())
+        found[f"share of {name} below its mean"] = np.array((w < 0.999 * w.mean()).mean())
     return found | p
 
 

@@ -137,6 +137,29 @@ def test_an_unknown_error_gets_no_name(a, function, way):
     assert "no mistake that I know" in text and "First difference" in text
 
 
+SUBTLE = [  # errors that only some inputs show
+    ("a1", "spike", {"return (u >= threshold).to(u.dtype)": "return torch.tensor([float(v >= threshold) for v in u])"}),
+    ("a1", "simulate", {"    u = s = torch": "    T, n = current.shape\n    u = s = torch"}),
+    ("a2", "currents", {"    i_ee = p": "    p = {k: v.data for k, v in p.items()}\n    i_ee = p"}),
+    ("a2", "currents", {"stabilize(i_div)": "torch.where(i_div == 0, 1.0, i_div)"}),
+    ("a2", "clamp_dale", {"p[name].clamp_(min=0)": "p[name].clamp_(min=1e-6)"}),
+    ("a2", "clamp_dale", {"p[name].clamp_(min=0)": "p[name].requires_grad_(False).clamp_(min=0)"}),
+    ("a2", "clamp_dale", {'if name != "b_e"': 'if name not in ("b_e", "w_ee")'}),
+    ("a2", "clamp_dale", {'if name != "b_e"': 'if name == "b_e"'}),
+    ("a3", "ei_init", {"p[name].exponential_()": "p[name].requires_grad_(False).exponential_()"}),
+    ("a3", "ei_init", {'d = fan_in(p["w_ee"])': "d = x[0].numel()"}),
+    ("a3", "ei_init", {'p["g_i"].fill_(gain(x, d))': 'p["g_i"].fill_(1.1 * gain(x, d))'}),
+    ("a4", "stabilize", {"i_div == 0": "i_div < 1e-6", "i_div > 0": "i_div > 1e-6"}),
+    ("a4", "stabilize", {"masked_fill(smallest.isinf(), 1)": "masked_fill(smallest.isinf(), 0.5)"}),
+]
+
+
+@pytest.mark.parametrize("a, function, way", SUBTLE, ids=range(len(SUBTLE)))
+def test_a_subtle_error_is_seen_and_gets_no_false_name(a, function, way):
+    right, text, called = verdicts(lecturer.module(lecturer.student(a, way)), [function])[function]
+    assert not right and called is None, text
+
+
 OUTPUTS = [  # what is no output at all: text of a function, and what the check says
     ("a1", "spike", "    return None", "is None: is there a `return`?"),
     ("a1", "spike", "    return u.tolist()", "is a list, not a tensor"),
