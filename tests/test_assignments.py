@@ -371,13 +371,16 @@ def test_setup_and_all_in_a_solved_handout(solved):
     assert ran.returncode == 0 and "tau = " in ran.stdout
     ran = run_check(solved, "all")
     assert f"{sum(CODE.values()) + 5} of 90 points" in ran.stdout, ran.stdout + ran.stderr
-    (solved / "a2_circuit.py").write_text("def currents(:\n", encoding="utf-8")
-    ran = run_check(solved, "a2")
-    assert "a2_circuit.py, line 1: SyntaxError" in ran.stdout and ran.returncode == 1
+
+
+def test_a_file_that_fails_does_not_hide_the_others(solved):
+    (solved / "a1_lif.py").write_text("def spike(:\n", encoding="utf-8")
     (solved / "a2_circuit.py").write_text("\n\ndef currents(x, p, stabilize):\n    return x.foo\n", encoding="utf-8")
-    ran = run_check(solved, "a2")
+    ran = run_check(solved, "all")
+    assert ran.returncode == 1 and "Traceback" not in ran.stdout + ran.stderr
+    assert "a1_lif.py cannot be imported: a1_lif.py, line 1: SyntaxError" in ran.stdout
     assert "a2_circuit.py, line 4: AttributeError" in ran.stdout and "no such function" in ran.stdout
-    (solved / "a2_circuit.py").write_text(lecturer.student("a2"), encoding="utf-8")
+    assert "20 of" not in ran.stdout and "4/4   gain: right" in ran.stdout
 
 
 @pytest.mark.parametrize("arguments", [["a6"], [], ["submit"], ["submit", "--id", "../x"], ["setup", "--id", "a b"]])
