@@ -24,7 +24,7 @@ from support.history import Missing, pick, trained_runs, usual_settings
 from support.measure import VARIANTS, contrast_response, currents_of, histogram, observe, stabilization
 from support.parallel import pick_device
 from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, legend_outside, long_rows, panels, save
-from support.runs import holds_run, restore
+from support.runs import BEST, CHECKPOINT, holds_run, restore, saved
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
@@ -39,12 +39,12 @@ def draw_circuit(args):
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def networks_of(run, fast=True):
-    """The dataset of a run, and its network at initialisation and after training, at its best epoch: a dict.
+def networks_of(run, fast=True, end=False):
+    """The dataset of a run, and its network at initialisation and after training: a dict.
 
     The initialisation is drawn again from the run's seed. On another kind of device it is another draw. Of a network
-    that was trained elsewhere it is E-I Init with these data. fast: with the fused forms of `support/fast.py`; without,
-    with the plain equations.
+    that was trained elsewhere it is E-I Init with these data. fast: with the fused forms of `support/fast.py`, else
+    with the plain equations. end: as the training left it, where that is kept, else at its best epoch.
     """
     device = pick_device()
     dataset, before = train.make(run.config, device)
@@ -52,7 +52,8 @@ def networks_of(run, fast=True):
     if fast:
         accelerate(before, train.first_batch(run.config, dataset)[0])
     after = copy.deepcopy(before)
-    restore(after, run.run.load("best.pt")["model"], run.folder / "best.pt")
+    name = CHECKPOINT if end and saved(run.folder) else BEST
+    restore(after, run.run.load(name)["model"], run.folder / name)
     if run.elsewhere():
         print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
     return dataset, {ANEW if run.elsewhere() else BEFORE: before.eval(), AFTER: after.eval()}
@@ -145,10 +146,10 @@ def draw_gradients(args):
 
 
 def draw_stabilizer(args):
-    """Where I_div is 0, and what each stabilization does there to the gradient, before and after the training."""
+    """Where I_div is 0, and what each stabilization does to the gradient, before the training and at its end."""
     try:
         run = pick(trained_runs(args))
-        dataset, networks = networks_of(run, fast=False)
+        dataset, networks = networks_of(run, fast=False, end=True)
         config = run.config
         with_circuits(networks[AFTER])
     except Missing:

@@ -21,6 +21,7 @@ from model import circuits
 from support import data
 from support.history import Trained
 from support.measure import VARIANTS, histograms
+from support.runs import CHECKPOINT, PREVIOUS, Run, _sealed
 
 NARROW = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
 
@@ -195,7 +196,7 @@ def test_gradients(suite, capsys):
 def test_stabilizer(suite, tmp_path):
     rows = draw("stabilizer", suite)
     assert len(rows) == 2 * 5 * len(VARIANTS)
-    dataset, networks = visualize.networks_of(run_of(suite, "ei"), fast=False)
+    dataset, networks = visualize.networks_of(run_of(suite, "ei"), fast=False, end=True)
     x, y = visualize.train.first_batch(run_of(suite, "ei").config, dataset)
     for when, net in networks.items():
         of = [row for row in rows if row["when"] == when]
@@ -214,6 +215,20 @@ def test_stabilizer(suite, tmp_path):
     (grad,) = torch.autograd.grad(circuits(net)[1].currents(leaf)["i_int"], leaf, grad_int)
     row = next(r for r in rows if (r["when"], r["layer"], r["variant"]) == ("at initialisation", "2", "adaptive"))
     assert float(row["gradient_norm"]) == pytest.approx(grad.norm().item(), rel=1e-4)
+
+    # a training that collapses after its best epoch is shown as it ended
+    run = shutil.copytree(run_of(suite, "ei").folder, tmp_path / "run")
+    state = Run(run).load()
+    state["model"] = {k: torch.zeros_like(p) if k.endswith("w_ei") else p for k, p in state["model"].items()}
+    (run / CHECKPOINT).write_bytes(_sealed(state))
+    shares = []
+    for _ in range(2):
+        assert visualize.main(["stabilizer", str(run), "--out", str(tmp_path)]) == 0
+        ended = [row for row in numbers(tmp_path / "stabilizer.csv") if row["when"] == "after training"]
+        shares.append({float(row["zeros"]) for row in ended if row["layer"] == "2"}.pop())
+        (run / CHECKPOINT).unlink(missing_ok=True)
+        (run / PREVIOUS).unlink(missing_ok=True)  # then the parameters of the best epoch are all that there is
+    assert shares[0] == 1 > shares[1]
 
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", run_of(suite, "bn").folder):  # without a run; a run without circuits
