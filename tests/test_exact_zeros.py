@@ -113,3 +113,24 @@ def test_without_onednn_a_network_trains(form):
         losses[onednn] = loss.item()
     assert max(largest) < 1000
     assert losses[False] < 0.2 and losses[False] == pytest.approx(losses[True], abs=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_on_a_gpu_silent_positions_are_exactly_zero(tf32, benchmark):
+    """Whatever algorithm cuDNN chooses, and in TF32, whose products have 10 bits of mantissa."""
+    sizes = [(3, 64, 32), (64, 128, 16), (128, 256, 8), (256, 512, 4), (512, 512, 2)]  # those of VGG-8's layers
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=tf32):
+        for in_channels, n_e, side in sizes:
+            for kernel, padding in ((3, 1), (1, 0)):
+                circuit = EICircuit2d(in_channels, n_e, kernel, padding=padding).cuda()
+                x = (torch.rand(256, in_channels, side, side, device="cuda") < 0.5 / in_channels).float()
+                x[::2] = x[:, :, : side // 2] = 0
+                ei_init(circuit, x)
+                quiet = silent(x, circuit.w_ee, 1, padding)
+                found = circuit.currents(x)
+                assert 0.4 < quiet.float().mean() < 0.95
+                for name in ("i_ee", "i_ie", "i_sub", "i_div"):
+                    assert not found[name][quiet.expand_as(found[name])].any()
+                assert (found["i_div"] >= 0).all()
