@@ -224,10 +224,10 @@ def build(
         raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHS)}")
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose from {', '.join(KINDS)}")
-    if min(in_channels, n_classes, T) < 1 or not width > 0:
+    if min(in_channels, n_classes, T, image_size) < 1 or not width > 0:
         raise ValueError(
             f"sizes must be at least 1 and the width positive, not in_channels={in_channels}, n_classes={n_classes}, "
-            f"T={T}, width={width}"
+            f"T={T}, image_size={image_size}, width={width}"
         )
     needed = 32 if arch == "resnet18" else 2 ** PLANS[arch].count("P")  # each pooling halves the side
     if plan is None and image_size < needed:
@@ -241,7 +241,8 @@ def build(
     options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling) if kind == "ei" else {}
     if kind == "dann":
         options = dict(ei_ratio=ei_ratio)
-    standing = (DENSE if arch == "mlp" else CONV)[kind]
+    dense = arch.startswith("mlp")
+    standing = (DENSE if dense else CONV)[kind]
 
     def layer(*args, **kwargs):
         neuron = nn.ReLU() if kind == "dann" else LIF(tau, threshold, alpha)
@@ -253,11 +254,13 @@ def build(
         encoder = ResNet18(in_channels, layer, [maps(n) for n in (64, 128, 256, 512)])
     else:
         plan = PLANS[arch] if plan is None else plan
-        pooling = ["P"] if arch != "mlp" else []
-        if not any(n != "P" for n in plan) or any(n not in pooling and not isinstance(n, int) for n in plan):
-            raise ValueError(f"a plan of {arch} is a list of layer sizes{' and P' if pooling else ''}, not {plan}")
+        pooling = [] if dense else ["P"]
+        sizes = [n for n in plan if n not in pooling] if isinstance(plan, list | tuple) else []
+        if not sizes or any(type(n) is not int or n < 1 for n in sizes):
+            also = " and P, one of them a size" if pooling else ""
+            raise ValueError(f"a plan of {arch} is a list of layer sizes{also}, not {plan}")
         plan = [n if n == "P" else maps(n) for n in plan]
-        if arch == "mlp":
+        if dense:
             encoder = MLP(plan, in_channels * image_size**2, layer)
         else:
             encoder = VGG(plan, in_channels, image_size, layer)

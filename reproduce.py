@@ -96,8 +96,12 @@ def run_all(args, device):
         def tell(history, left=left):
             if len(history) == 1:
                 seconds = history[0]["seconds"]
-                hours = seconds * left / 3600
-                print(f"{seconds:.1f} s an epoch; {left} epochs in all are left: about {hours:.2g} hours at this pace")
+                time = (
+                    f"{seconds * left / 3600:.1f} hours"
+                    if seconds * left > 3600
+                    else f"{seconds * left / 60:.0f} minutes"
+                )
+                print(f"{seconds:.1f} s an epoch; {left} epochs in all are left: about {time} at this pace")
 
         status = train.work(run, config, args, device, folder, tell)
         if status:
@@ -115,7 +119,9 @@ def table(folder):
         config = result["config"]
         names = [config["arch"], config["model"]]
         full = config == config | recipes.FULL | dict(model=config["model"]) and config["data"] in ("cifar10", "folder")
-        known = AUTHORS.get(tuple(names)) if full else None
+        plan = config.get("plan", "")
+        known = AUTHORS.get(tuple(names)) if full and not plan else None
+        names += [plan] * bool(plan)
         names += [f"eps={config['eps']}"] * (config["eps"] != "adaptive") + ["no STE"] * (not config["ste"])
         names += ["no scaling"] * (not config["grad_scaling"]) + ["Kaiming"] * (config["init"] != "ei")
         epochs = result.get("epochs", 0)

@@ -81,7 +81,7 @@ INITS = {"E-I Init": ei_init, "without its gain": without_gain, "|Kaiming|": Non
 
 def draw_init(args):
     """Mean and standard deviation of I_int, and firing rate, by layer, for three initialisations."""
-    config = usual_settings(args)
+    config = usual_settings(args, shown="vgg8 and vgg19")
     config["image_size"] = max(32, config["image_size"])  # an MLP may have smaller images than these networks take
     dataset, _ = train.make(config, torch.device("cpu"))
     torch.manual_seed(0)
@@ -423,6 +423,7 @@ def command(argv):
     kinds.update(threshold=recipes.positive, alpha=recipes.positive)
     for key, kind in kinds.items():
         p.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"{where} ({recipes.WHAT[key]:g})")
+    p.add_argument("--plan", type=recipes.layer_sizes, help=f"list of layers, {where} (the network's own)")
     p.add_argument("--data-root", help="where the data are now (where the run had them; without one, ./data)")
     args = p.parse_args(argv)
     if args.runs != "runs" and not Path(args.runs).is_dir():

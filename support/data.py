@@ -151,10 +151,10 @@ def downloaded(name, root, size, T):
     try:
         root.mkdir(parents=True, exist_ok=True)
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of a damaged file: AssertionError, ValueError, ...
         why = " ".join(str(error).split())
         raise OSError(
-            f"{name} is not in {root} and cannot be downloaded ({why}): put the official {files} there, "
+            f"{name} is not in {root}, or damaged, and cannot be downloaded ({why}): put the official {files} there, "
             "or use --data folder --data-root DIR with train/<class>/ and test/<class>/ images (or --data digits)"
         ) from None
     finally:

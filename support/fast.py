@@ -362,12 +362,15 @@ def compare(model, batch):
 @torch.no_grad()
 def vary(module, rand):
     """The same module with other parameters."""
-    for name, p in module.named_parameters():
+    for p in module.parameters():
         p.mul_(0.5 + rand(*p.shape))
         if not p.any():  # b_E
             p.add_(rand(*p.shape) - 0.5)
-        if name.endswith("w_ei"):  # synapses that Dale's law has set to 0: I_div = 0 although I_EE differs from I_sub
-            p[0] = 0
+    for circuit in module.modules():
+        # Synapses that Dale's law has set to 0: I_div = 0 although I_EE differs from I_sub. A fixed eps, 1e-8, would
+        # divide by almost nothing there, and beside such a current a difference elsewhere would look like rounding.
+        if isinstance(circuit, EICircuit) and circuit.eps in ei_prop.STABILIZERS:
+            circuit.w_ei[0] = 0
     return module
 
 

@@ -17,7 +17,7 @@ from support.recipes import COLUMNS, FULL, WHAT, option, parse, settings
 from support.runs import BEST, bad_part, holds_run, reopen, saved
 
 # By these settings runs are chosen in a folder that has several. Not every kind of network has each of the last four.
-CHOICES = ("data", "arch", "seed", "width", "ei_ratio", "tau", "threshold", "alpha")
+CHOICES = ("data", "arch", "plan", "seed", "width", "ei_ratio", "tau", "threshold", "alpha")
 LACKS = dict(bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "threshold", "alpha"))
 
 
@@ -185,8 +185,12 @@ def pick(runs, **wanted):
     return found[0]
 
 
-def usual_settings(args):
-    """The paper's method, with data, network and neurons of the runs if there are any, or else those asked for."""
+def usual_settings(args, shown=None):
+    """The paper's method, with data, network and neurons of the runs if there are any, or else those asked for.
+
+    Args:
+        shown: names of the networks that are drawn, where it is not the runs' own.
+    """
     try:
         configs = [run.config for run in trained_runs(args)]
         config = min(configs, key=lambda c: KINDS.index(c["model"]))  # an E-I SNN if there is one
@@ -197,5 +201,6 @@ def usual_settings(args):
         given = {key: getattr(args, key) for key in (*CHOICES, "data_root")}
     options = [option(key, value) for key, value in given.items() if value is not None]
     config = settings(parse(options))
-    print("with {arch}, {data}, T={T}, width {width:g}, seed {seed}".format(**config))
+    shown = shown or " ".join(filter(None, (config["arch"], config["plan"])))
+    print(f"an E-I network, {shown}, with" + " {data}, T={T}, width {width:g}, seed {seed}".format(**config))
     return config

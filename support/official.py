@@ -27,7 +27,7 @@ import torch
 
 from inhibition import EICircuit2d
 from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, recipes
+from support import data, parallel, recipes
 from support.console import first_line, leave, status
 from support.fast import accelerate
 from support.measure import cost_table, header
@@ -47,8 +47,10 @@ PUBLISHED = {  # top-1 accuracy in % that the authors report
     "CIFAR10DVS-VGG11": 78.40,
     "DVSGesture-VGG8": 95.83,
 }
-DATA = dict(CIFAR10="cifar10", CIFAR100="cifar100", TinyImageNet200="tinyimagenet", CIFAR10DVS="cifar10-dvs")
-DATA |= dict(DVSGesture="dvs-gesture", MNIST="mnist")
+DATA = {name: name for name in data.LOADERS}  # their names for datasets, in lower case, and ours
+DATA |= dict(tinyimagenet200="tinyimagenet", cifar10dvs="cifar10-dvs", dvsgesture="dvs-gesture")
+DATA |= dict(fashionmnist="fashion-mnist")
+NO_USE = ("epochs", "lr", "warmup_epochs", "warmup_from", "weight_decay", "clip_norm", "init", "give_up", "other_data")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -90,7 +92,11 @@ def numbered(encoder, frames):
 
 
 def names(circuit, pair):
-    """The tensors of a circuit in the authors' file: name -> (our parameter or None, shape)."""
+    """The tensors of a circuit in the authors' file: name -> (our parameter or None, shape).
+
+    Raises:
+        ValueError: the circuit has a parameter that theirs has not.
+    """
     conv = isinstance(circuit, EICircuit2d)
     n_e, n_i = circuit.n_e, circuit.n_i
     synapses, norm = pair
@@ -100,6 +106,8 @@ def names(circuit, pair):
     for name, ours, n in (("gain_i", "g_i", n_i), ("gain_e", "g_e", n_e), ("bias", "b_e", n_e)):
         shape = torch.Size((n, 1, 1) if conv else (1, n))
         found[f"{norm}.{name}"] = (None if circuit.readout else ours, shape)
+    if more := dict(circuit.named_parameters()).keys() - {ours for ours, _ in found.values()}:
+        raise ValueError(f"the circuit here has a parameter {min(more)}, which has no place in the authors' program")
     return found
 
 
@@ -118,7 +126,8 @@ def read(path):
     """The tensors of a safetensors file by name: a dict.
 
     Raises:
-        ValueError: it is something else, is damaged, or has no numbers in it that are finite.
+        ValueError: it is something else or damaged, or holds something else than finite numbers, which are not
+            negative where Dale's law holds.
     """
     path = Path(path).expanduser()
     path = path / WEIGHTS if path.is_dir() else path
@@ -132,8 +141,12 @@ def read(path):
             f"{path} is damaged or no safetensors file (a pickle is not read): {first_line(error)}"
         ) from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: the tensor {name!r} holds {tensor.dtype} that are no finite numbers")
+        if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise ValueError(f"{path}: the tensor {name!r} is of {tensor.dtype}, not of float32")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{path}: the tensor {name!r} has values that are no finite float32 numbers")
+        if not name.endswith("bias") and tensor.numel() and tensor.min() < 0:
+            raise ValueError(f"{path}: the tensor {name!r} has values below 0, which Dale's law forbids")
     return tensors
 
 
@@ -153,13 +166,20 @@ def pairs_of(tensors):
     return list(zip(synapses, norms, strict=True))
 
 
-def describe(tensors, image_size):
-    """What `model.build` is to be told, from the names and shapes alone: a dict."""
+def describe(tensors, image_size, ei_ratio=4):
+    """What `model.build` is to be told, from the names and shapes alone: a dict.
+
+    Small layers may fit several E:I ratios. Then it is `ei_ratio` if that is one of them.
+    """
+    if image_size < 1:
+        raise ValueError(f"the side of the images must be at least 1 pixel, not {image_size}")
     pairs = pairs_of(tensors)
 
     def shape(pair, population):
         for name in (f"{pair[0]}.conv_{population}.weight", f"{pair[0]}.weight_{population}"):
             if name in tensors:
+                if tensors[name].dim() not in (2, 4):
+                    raise ValueError(f"the tensor {name!r} has the shape {(*tensors[name].shape,)}, which no layer has")
                 return tensors[name].shape
         raise ValueError(f"a tensor is missing: the weights {population} of {pair[0]}")
 
@@ -169,16 +189,21 @@ def describe(tensors, image_size):
     ratios = [r for r in ratios if all(max(1, e[0] // r) == i[0] for e, i in zip(w_ee, w_ie, strict=True))]
     if not ratios:
         raise ValueError("the numbers of excitatory and inhibitory neurons of its layers follow no one E:I ratio")
-    found = dict(n_classes=w_ee[-1][0], in_channels=w_ee[0][1], ei_ratio=4 if 4 in ratios else ratios[0], plan=None)
+    ei_ratio = ei_ratio if ei_ratio in ratios else ratios[0]
+    found = dict(n_classes=w_ee[-1][0], in_channels=w_ee[0][1], ei_ratio=ei_ratio, plan=None)
     n_conv = sum(len(s) == 4 for s in w_ee)
     if pairs is RESNET:
-        return found | dict(arch="resnet18", width=sizes[0] / 64)
+        stages = zip(sizes[::5], (64, 128, 256, 512), strict=True)  # each n is 64, ... times the width, rounded
+        lowest, highest = zip(
+            *(((n - 0.5) / full if n > 4 else 0, (n + 0.5) / full) for n, full in stages), strict=True
+        )
+        return found | dict(arch="resnet18", width=(max(lowest) + min(highest)) / 2)
     if n_conv == 0:
         channels, rest = divmod(w_ee[0][1], image_size**2)
         if rest or not channels:
             raise ValueError(f"it takes {w_ee[0][1]} inputs, which are no images of {image_size}x{image_size} pixels")
         return found | dict(arch="mlp", in_channels=channels, plan=None if sizes == PLANS["mlp"] else sizes)
-    by_depth = {len(plan) - plan.count("P"): arch for arch, plan in PLANS.items() if arch != "mlp"}
+    by_depth = {len(plan) - plan.count("P"): arch for arch, plan in PLANS.items() if not arch.startswith("mlp")}
     if n_conv != len(w_ee) - 1 or n_conv not in by_depth:
         raise ValueError(f"{n_conv} convolutions and {len(w_ee) - n_conv} dense layers are no network of the paper")
     arch, left = by_depth[n_conv], iter(sizes)
@@ -193,8 +218,6 @@ def fill(model, tensors):
     The network remembers the names, and the numbers that it has no use for, so that `save` can write them again.
     """
     pairs, expected = pairs_of(tensors), {}
-    if len(pairs) != len(circuits(model)):
-        raise ValueError(f"it has {len(pairs)} layers, and the network has {len(circuits(model))}")
     for circuit, pair in zip(circuits(model), pairs, strict=True):
         for name, (ours, shape) in names(circuit, pair).items():
             if name not in tensors:
@@ -213,9 +236,9 @@ def fill(model, tensors):
     return model
 
 
-def network(tensors, T, image_size):
+def network(tensors, T, image_size, ei_ratio=4):
     """A network of `model.build` with these tensors."""
-    return fill(build(T=T, image_size=image_size, **describe(tensors, image_size)), tensors)
+    return fill(build(T=T, image_size=image_size, **describe(tensors, image_size, ei_ratio)), tensors)
 
 
 def load(path, T=4, image_size=32):
@@ -258,17 +281,25 @@ def state_of(model, frames=False):
 
 
 def save(model, path, frames=False):
-    """Writes a network as the authors' program does, model.safetensors.
+    """Writes a network as the authors' program does, model.safetensors. Such a file does not say tau, threshold or eps.
 
     Args:
-        model: an E-I network of `model.build`, a VGG, an MLP or a ResNet-18.
+        model: an E-I network of `model.build`, a VGG, an MLP or a ResNet-18, in float32, of any width; a VGG with its
+            poolings where the paper has them.
         path: the file.
         frames: for their event networks, which count their layers from one less. A network from `load` keeps its names.
 
     Raises:
         ValueError: a network of another kind. OSError: it cannot be written.
     """
-    write_atomically(Path(path).expanduser(), safetensors().save(state_of(model, frames), metadata={"format": "pt"}))
+    tensors = state_of(model, frames)
+    try:
+        again = network(tensors, model.T, model.image_size)
+    except ValueError as error:
+        raise ValueError(f"the authors' program has no such network: {error}") from None
+    if not isinstance(model.encoder, ResNet18) and numbered(again.encoder, frames) != numbered(model.encoder, frames):
+        raise ValueError("the authors' program has no such network: its poolings are at other places")
+    write_atomically(Path(path).expanduser(), safetensors().save(tensors, metadata={"format": "pt"}))
 
 
 # ---- python train.py --official --------------------------------------------------------------------------------------
@@ -277,14 +308,18 @@ def save(model, path, frames=False):
 def fetch(name):
     """The folder with config.json and model.safetensors: `name` is one, or one of `PUBLISHED`, which is downloaded."""
     folder = Path(name).expanduser()
+    if folder.name == WEIGHTS and folder.is_file():
+        return folder.parent
     if folder.is_dir():
         return folder
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no folder and none of the published networks: {', '.join(PUBLISHED)}")
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
     except ImportError:
         raise ValueError("downloading needs a package more: pip install -r requirements-official.txt") from None
+    logging.set_verbosity_error()  # without its remarks on each of its attempts
     try:
         files = [Path(hf_hub_download(REPOSITORY, file, subfolder=name)) for file in (CONFIG, WEIGHTS)]
     except Exception as error:  # of several packages: no network, a proxy, a full disk
@@ -298,29 +333,35 @@ def fetch(name):
 def settings_of(folder, tensors, args):
     """The settings of a run for the network in a folder: what is given on the command line, else what its config.json
     says, and what its tensors tell."""
-    path = folder / CONFIG
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(theirs, dict):
             raise ValueError("it holds no settings")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+        raise ValueError(f"{CONFIG} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
     given = {key: value for key, value in vars(args).items() if value is not None and key != "official"}
     if given.get("model", "ei") != "ei":
         raise ValueError(f"--model {given['model']} is given, but the authors' networks are E-I networks")
-    T, name = theirs.get("T", 4), theirs.get("dataset")
-    if not isinstance(T, int) or not 1 <= T <= 10**6:
-        raise ValueError(f"{path}: T is to be a whole number of at least 1, not {T!r}")
+    if idle := next((key for key in NO_USE if given.get(key)), None):
+        raise ValueError(f"--official trains nothing: leave --{idle.replace('_', '-')} out")
+    T, name = theirs.get("T"), str(theirs.get("dataset")).lower()
+    if "T" not in given and (type(T) is not int or not 1 <= T <= 10**6):
+        raise ValueError(f"{CONFIG}: T is to be a whole number of at least 1, not {T!r}; or give --T")
     if "data" not in given and name not in DATA:
-        raise ValueError(f"{path} says dataset {name!r}: give --data, one of {', '.join(data.LOADERS)}")
+        raise ValueError(
+            f"{CONFIG} says dataset {theirs.get('dataset')!r}: give --data, one of {', '.join(data.LOADERS)}"
+        )
     chosen = argparse.Namespace(**dict(T=T, data=DATA.get(name)) | given)
     chosen.arch = "mlp" if all(t.dim() < 4 for t in tensors.values()) else "vgg8"  # for the size of the images
     size = given.get("image_size", recipes.settings(chosen)["image_size"])
-    found = describe(tensors, size)
+    said = theirs.get("ei_ratio", 4)
+    found = describe(tensors, size, said)
+    if "ei_ratio" in theirs and said != found["ei_ratio"]:
+        raise ValueError(f"{CONFIG} says ei_ratio {said!r}, but the tensors are of {found['ei_ratio']}")
     n_layers = dict(mlp=4, resnet18=18).get(found["arch"]) or int(found["arch"].removeprefix("vgg"))
     said = theirs.get("num_layers", n_layers)
     if said != n_layers and found["arch"] != "mlp":
-        raise ValueError(f"{path} says num_layers {said!r}, but the tensors are of {found['arch']}")
+        raise ValueError(f"{CONFIG} says num_layers {said!r}, but the tensors are of {found['arch']}")
     told = {key: found.get(key, 1.0) for key in ("arch", "ei_ratio", "width")}
     told["plan"] = "-".join(map(str, found["plan"] or ()))
     for key, value in told.items():
@@ -339,11 +380,12 @@ def command(args, device, make, evaluate):
         args: the command line.
         make, evaluate: of train.py.
     """
-    folder = fetch(args.official)
+    with parallel.first_process_first():
+        folder = fetch(args.official)
     tensors = read(folder)
     try:
         config = settings_of(folder, tensors, args)
-        trained = network(tensors, config["T"], config["image_size"])
+        trained = network(tensors, config["T"], config["image_size"], config["ei_ratio"])
     except ValueError as error:
         raise ValueError(f"{args.official}: {error}") from None
     dataset, model = make(config, device)
@@ -352,25 +394,32 @@ def command(args, device, make, evaluate):
         raise ValueError(
             f"{args.official} is a network for {channels} channels and {classes} classes, but these data have "
             f"{dataset.in_channels} and {dataset.n_classes}"
+            + (f" (with --image-size {config['image_size']}, which decides about an MLP's channels)")
+            * (config["arch"] == "mlp")
         )
     model.load_state_dict(trained.state_dict())
     config["batch_size"] = min(config["batch_size"], len(dataset.train_y))  # nothing is trained; figures use a batch
-    name = folder.resolve().name if Path(args.official).expanduser().is_dir() else args.official
-    run = Run.create(args.out or Path("runs") / f"official-{name}", config, choose=args.out is None)
+    name = args.official if args.official in PUBLISHED else folder.resolve().name
+    run = None
+    if not parallel.rank():
+        run = Run.create(args.out or Path("runs") / f"official-{name}", config, choose=args.out is None)
     try:
         header(config, dataset, model, device)
         sample, _ = data.sample(dataset, config["T"])
         if not args.plain:
             accelerate(model, sample)
         _, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
-        run.data = data.identity(dataset)
-        run.keep_trained(model, accuracy)
+        if run:
+            run.data = data.identity(dataset)
+            run.keep_trained(model, accuracy)
     finally:
-        run.close()
-    published = f"; the authors report {PUBLISHED[name]:.2f}%" if name in PUBLISHED else ""
+        if run:
+            run.close()
+    published = f"; the authors report {PUBLISHED[name]:.2f}% on {name.partition('-')[0]}" if name in PUBLISHED else ""
     print(f"test accuracy {accuracy:.2%}{published}\nfiring rates by layer:", " ".join(f"{r:.4f}" for r in rates))
     print("\n".join(cost_table(model, sample)))
-    print(f"run folder: {run.folder}   its figures: python visualize.py all {run.quoted}")
+    if run:
+        print(f"run folder: {run.folder}   its figures: python visualize.py all {run.quoted}")
     return 0
 
 
@@ -388,7 +437,9 @@ def main(argv=None):
         from support.side_by_side import compare
 
         args = p.parse_args(argv)
-        return compare(Path(args.compare).expanduser(), **{k: v for k, v in vars(args).items() if k != "compare"})
+        return compare(
+            Path(args.compare).expanduser(), state_of, **{k: v for k, v in vars(args).items() if k != "compare"}
+        )
 
     return status(run)
 

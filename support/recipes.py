@@ -158,7 +158,7 @@ def epsilon(text):
 def layer_sizes(text):
     """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
     words = re.split(r"[\s,-]+", text.strip()) if text.strip() else []
-    if not all(word == "P" or (word.isdecimal() and 0 < int(word) <= 10**6) for word in words):
+    if not all(word == "P" or (re.fullmatch("[0-9]+", word) and 0 < int(word) <= 10**6) for word in words):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no list of layer sizes and P")
     return "-".join(words)
 
@@ -175,7 +175,7 @@ def add_settings(p):
     p.add_argument("--model", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
-    p.add_argument("--image-size", type=count, help="side in pixels (32; of event frames 48)")
+    p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
     p.add_argument("--width", type=times, help="multiplies the number of maps of each layer (1)")
     p.add_argument("--ei-ratio", type=count, help="excitatory neurons for each inhibitory one (4)")
     p.add_argument("--tau", type=at_least_1, help="membrane time constant, in time steps (2)")

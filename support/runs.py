@@ -218,8 +218,8 @@ class Run:
             config = settings(parse([option(*item) for item in self.config.items()]))
         except ValueError as error:
             raise ValueError(
-                f"{path} is damaged or of another version: {error}; correct it, or delete it if there is a "
-                f"{CHECKPOINT}, which holds the settings too"
+                f"{path} is damaged or of another version of the program: {error}; correct it, or delete it if there "
+                f"is a {CHECKPOINT}, which holds the settings too"
             ) from None
         for key, value in given.items():
             if value is not None and key in config and key not in free and value != config[key]:
@@ -322,7 +322,10 @@ class Run:
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            raise ValueError(f"{self.folder} has no {name}: nothing was saved yet, or it was deleted") from None
+            raise ValueError(
+                f"{self.folder} has no {name}: nothing was saved yet, it was deleted, or the network was trained "
+                "elsewhere"
+            ) from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         content = memoryview(raw)[:-SEAL]
@@ -398,7 +401,9 @@ def restore(module, state, path):
         module.load_state_dict(state)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} belongs to another network than its config.json says: {reason}") from None
+        raise ValueError(
+            f"{path} belongs to another network than its config.json and the program, as it is now, say: {reason}"
+        ) from None
 
 
 def saved(folder):

@@ -4,6 +4,7 @@ reader of the paper may skip this file.
     python -m support.official --compare DIR        DIR: a checkout of github.com/vwOvOwv/DeepEISNN, with what it needs
 """
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -14,33 +15,46 @@ import torch.nn.functional as F
 
 from ei_init import initialize
 from inhibition import clamp_dale
-from model import PLANS, build, circuits, layers
-from support import data, official, recipes
+from model import PLANS, build, layers
+from support import data, recipes
+from support.console import first_line
 from support.measure import hooked
 
 LR, WEIGHT_DECAY, T = 0.002, 5e-4, 4
 
 
+@contextlib.contextmanager
+def of_theirs(folder):
+    """Whatever their program does in a `with` block, an error of it is one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"{folder} is not the authors' program, or another version of it, or a package that it needs is not "
+            f"installed ({reason}): give a checkout of github.com/vwOvOwv/DeepEISNN that runs"
+        ) from None
+
+
 def authors(folder):
     """Their modules `models.vgg` and `modules.optimizers`, and the function that forgets the membranes' state."""
-    found = []
     sys.path.insert(0, str(folder))
     try:
-        for name, alternative in (("models.vgg", "models.VGG"), ("modules.optimizers", "modules.optimizers")):
-            try:
-                found.append(importlib.import_module(name))
-            except ModuleNotFoundError:
-                found.append(importlib.import_module(alternative))
+        try:
+            vgg = importlib.import_module("models.vgg")
+        except ModuleNotFoundError as error:
+            if error.name not in ("models", "models.vgg"):
+                raise
+            vgg = importlib.import_module("models.VGG")
+        optimizers = importlib.import_module("modules.optimizers")
         functional = importlib.import_module("spikingjelly.activation_based.functional")
-    except Exception as error:  # whatever their program does when it is imported
-        raise ValueError(f"{folder} is no checkout of the authors' repository that runs here: {error}") from None
     finally:
         sys.path.remove(str(folder))
-    return *found, functional.reset_net
+    return vgg, optimizers, functional.reset_net
 
 
-def theirs_like(ours, plan, in_channels, n_classes, vgg):
-    """Their network with the weights of ours."""
+def theirs_like(state, plan, in_channels, n_classes, vgg):
+    """Their network with these weights."""
     before, vgg.layer_config[8] = vgg.layer_config[8], plan
     torch.set_default_dtype(torch.float64)
     try:
@@ -50,7 +64,7 @@ def theirs_like(ours, plan, in_channels, n_classes, vgg):
     finally:
         torch.set_default_dtype(torch.float32)
         vgg.layer_config[8] = before
-    network.load_state_dict(official.state_of(ours))
+    network.load_state_dict(state)
     for module in network.modules():  # they initialise themselves at the first batch; here they have weights already
         if hasattr(module, "_inited"):
             module._inited = True
@@ -77,29 +91,25 @@ def their_optimizers(network, kind):
 
 @torch.no_grad()
 def distance(ours, theirs):
-    """The largest difference of two parameters, and the norm of all differences beside the norm of all parameters."""
-    state, apart, all_ours = theirs.state_dict(), [], []
-    for circuit, pair in zip(circuits(ours), official.numbered(ours.encoder, frames=False), strict=True):
-        for name, (own, shape) in official.names(circuit, pair).items():
-            if own:
-                all_ours.append(getattr(circuit, own).flatten())
-                apart.append(getattr(circuit, own).view(shape).flatten() - state[name].flatten())
-    apart = torch.cat(apart)
-    return apart.abs().max().item(), (apart.norm() / torch.cat(all_ours).norm()).item()
+    """Of two state dicts: the largest difference, and the norm of all differences beside the norm of all values."""
+    ours, theirs = (torch.cat([state[name].flatten() for name in ours]) for state in (ours, theirs))
+    return (ours - theirs).abs().max().item(), ((ours - theirs).norm() / ours.norm()).item()
 
 
-def compare(folder, steps, width, batch_size, data_root, **options):
+def compare(folder, state_of, steps, width, batch_size, data_root, **options):
     """Prints loss, distance of the parameters and differing spikes as both train. Returns 0.
 
     Args:
         folder: a checkout of the authors' repository.
+        state_of: the tensors of a network of ours under their names.
         steps: of training, at a constant learning rate.
         width: of VGG-8.
         batch_size, data, data_root: of the images, 32x32; the first batches of an epoch, over and over.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}")
-    vgg, optimizers, reset_net = authors(folder)
+    with of_theirs(folder):
+        vgg, optimizers, reset_net = authors(folder)
     dataset = data.load(options["data"], data_root, 32, torch.device("cpu"), T)
     if dataset.train_x.dim() != 4:
         raise ValueError(f"--data {options['data']} has frames; give a dataset of still images")
@@ -111,9 +121,13 @@ def compare(folder, steps, width, batch_size, data_root, **options):
     torch.manual_seed(0)
     ours = build("vgg8", dataset.in_channels, dataset.n_classes, T, plan=plan).double()
     initialize(ours, data.training_batch(config, dataset, order[0], 0)[0].double())
-    theirs = theirs_like(ours, plan, dataset.in_channels, dataset.n_classes, vgg)
+    with of_theirs(folder):
+        theirs = theirs_like(state_of(ours), plan, dataset.in_channels, dataset.n_classes, vgg)
+        their_sgd = their_optimizers(theirs, optimizers.EiSGD)
+        neurons = [layer.neuron for layer in layers(ours)], [m for m in theirs.modules() if "LIF" in type(m).__name__]
+        if len(neurons[0]) != len(neurons[1]):
+            raise ValueError(f"it has {len(neurons[1])} modules with LIF in their name, not {len(neurons[0])}")
     our_sgd = torch.optim.SGD(ours.parameters(), lr=LR, momentum=recipes.MOMENTUM, weight_decay=WEIGHT_DECAY)
-    their_sgd = their_optimizers(theirs, optimizers.EiSGD)
     print(f"VGG-8 of {plan} on {options['data']}, {batch_size} images a step, float64")
     print(
         f"{'step':>5}{'loss, ours':>14}{'theirs':>14}{'largest difference':>20}{'relative':>11}{'spikes differing':>24}"
@@ -122,16 +136,15 @@ def compare(folder, steps, width, batch_size, data_root, **options):
     for step in range(steps):
         x, y = data.training_batch(config, dataset, order[step % len(order)], step)
         x, spikes = x.double(), ([], [])
-        neurons = [layer.neuron for layer in layers(ours)], [m for m in theirs.modules() if "LIF" in type(m).__name__]
         hooks = [
             m.register_forward_hook(lambda _, __, s, seen=seen: seen.append(s))
             for several, seen in zip(neurons, spikes, strict=True)
             for m in several
         ]
         with hooked(ours, hooks, training=True):
-            losses = []
-            for network in (ours, theirs):
-                logits = network(x)
+            losses = [F.cross_entropy(ours(x), y)]
+            with of_theirs(folder):
+                logits = theirs(x)
                 losses.append(F.cross_entropy(logits if logits.dim() == 2 else logits.mean(0), y))
         for a, b in zip(*spikes, strict=True):
             differing += (a != b.view_as(a)).sum().item()
@@ -145,7 +158,7 @@ def compare(folder, steps, width, batch_size, data_root, **options):
         clamp_dale(ours)
         reset_net(theirs)
         if step + 1 in shown:
-            largest, relative = distance(ours, theirs)
+            largest, relative = distance(state_of(ours), theirs.state_dict())
             counted = f"{differing:,} of {all_spikes:,}"
             print(f"{step + 1:5}{losses[0]:14.6f}{losses[1]:14.6f}{largest:20.2e}{relative:11.2e}{counted:>24}")
     return 0

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import reproduce
 import train
 import visualize
 from ei_init import initialize
 from model import build, circuits
 from support import official
+from support.runs import Run
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -114,6 +116,29 @@ def test_round_trip_to_the_bit(name, tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("width", [0.01, 0.0333, 0.05, 0.1, 0.2, 0.3, 0.35, 1.7])
+def test_a_resnet18_of_any_width(width):
+    with torch.device("meta"):
+        model = build("resnet18", width=width)
+        pairs = zip(circuits(model), official.RESNET, strict=True)
+        shapes = {name: shape for pair in pairs for name, (_, shape) in official.names(*pair).items()}
+        again = build(**official.describe({name: torch.empty(shape) for name, shape in shapes.items()}, 32))
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_what_has_no_place_in_the_authors_program(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for plan in ([16, "P", 16, "P", 32, "P", 32, 32, "P", "P"], [8, "P", 8, "P"], [8, 8, 8, "P", 8, "P", 8, "P"]):
+        with pytest.raises(ValueError, match="the authors' program has no such network"):
+            official.save(build("vgg8", plan=plan), path)
+    model = build("vgg8", width=0.1)
+    circuits(model)[0].w_se = torch.nn.Parameter(torch.ones(2))
+    for convert in (lambda: official.save(model, path), lambda: official.fill(model, official.read(CHECKPOINT))):
+        with pytest.raises(ValueError, match="a parameter w_se, which has no place"):
+            convert()
+    assert not path.exists()
+
+
 def test_the_way_back_keeps_all_that_was_in_the_file(tensors, tmp_path):
     model = official.load(CHECKPOINT)
     official.save(model, tmp_path / "a.safetensors")
@@ -154,8 +179,13 @@ BROKEN = [
         "has the shape (16, 8, 3, 3), not (16, 16",
     ),
     (lambda t: change(t, "layers.9.conv_ie.weight", torch.zeros(5, 16, 3, 3)), "follow no one E:I ratio"),
-    (lambda t: change(t, "layers.2.conv_ee.weight", t["layers.2.conv_ee.weight"] * float("nan")), "no finite numbers"),
-    (lambda t: change(t, "layers.3.bias", torch.zeros(16, 1, 1, dtype=torch.int64)), "no finite numbers"),
+    (lambda t: change(t, "layers.2.conv_ee.weight", t["layers.2.conv_ee.weight"] * float("nan")), "no finite float32"),
+    (lambda t: change(t, "layers.3.bias", torch.zeros(16, 1, 1, dtype=torch.int64)), "is of torch.int64"),
+    (lambda t: change(t, "layers.3.bias", torch.zeros(16, 1, 1).to(torch.float8_e4m3fn)), "is of torch.float8"),
+    (lambda t: change(t, "layers.3.gain_i", -t["layers.3.gain_i"]), "Dale's law forbids"),
+    (lambda t: change(t, "layers.2.conv_ee.weight", torch.tensor(1.0)), "the shape (), which no layer has"),
+    (lambda t: change(t, "layers.9.conv_ie.weight", torch.zeros(4)), "the shape (4,), which no layer has"),
+    (lambda t: change(t, "layers.3.bias", torch.full((16, 1, 1), 1e300, dtype=torch.float64)), "no finite float32"),
     (
         lambda t: {k: v for k, v in t.items() if int(k.split(".")[1]) > 3},
         "4 convolutions and 1 dense layers are no network",
@@ -210,6 +240,8 @@ def test_a_run_folder_of_a_checkpoint(tensors, images, tmp_path, capsys, monkeyp
     run = Path("runs/official-CIFAR10-VGG8")
     assert "; the authors report 87.03%" in out and f"run folder: {run}" in out and "accumulates" in out
     assert {path.name for path in run.iterdir()} - {".lock"} == {"best.pt", "config.json"}
+    best = Run(run).load("best.pt")["model"]
+    assert all(torch.equal(best[name], p) for name, p in official.load(folder).state_dict().items())
     said = out.partition("test accuracy ")[2].partition("%")[0]
     assert train.main(["--eval", str(run)]) == 0
     assert f"test accuracy {said}%" in capsys.readouterr().out
@@ -218,8 +250,11 @@ def test_a_run_folder_of_a_checkpoint(tensors, images, tmp_path, capsys, monkeyp
         out = capsys.readouterr().out
         assert "trained elsewhere, so 'E-I Init with these data' is not what it started from" in out
         assert (run / "figures" / f"{figure}.png").exists()
+        text = (run / "figures" / f"{figure}.csv").read_text(encoding="utf-8")
+        assert "at initialisation" not in text
+    assert "E-I Init with these data" in text
     assert "has no history: its network was trained elsewhere" in fails(capsys, "evolution", run, program=visualize)
-    assert "has no checkpoint.pt" in fails(capsys, "--resume", run)
+    assert "or the network was trained elsewhere" in fails(capsys, "--resume", run)
     assert train.main(["--official", str(folder), "--data", "folder", "--data-root", str(images)]) == 0  # once more
     assert Path("runs/official-CIFAR10-VGG8-2/best.pt").exists()
 
@@ -237,12 +272,17 @@ def test_what_contradicts_the_file(tensors, images, tmp_path, capsys):
     assert "give one of them" in fails(capsys, *common, "--resume", "x")
     for config, message in (
         (dict(T=0), "T is to be a whole number"),
+        (dict(T=True), "T is to be a whole number"),
+        (dict(ei_ratio=8), "says ei_ratio 8, but the tensors are of 4"),
+        (dict(ei_ratio=[4]), "says ei_ratio [4], but the tensors are of 4"),
         (dict(num_layers=11), "says num_layers 11, but the tensors are of vgg8"),
     ):
         assert message in fails(capsys, *("--official", write(tmp_path / "y", tensors, **config)), *common[2:])
-    assert "says dataset 'ImageNet': give --data" in fails(
-        capsys, "--official", write(tmp_path / "y", tensors, dataset="ImageNet")
-    )
+    for dataset in ("ImageNet", ["CIFAR10"]):
+        odd = write(tmp_path / "y", tensors, dataset=dataset)
+        assert f"says dataset {dataset!r}: give --data" in fails(capsys, "--official", odd)
+    for option in (("--epochs", 3), ("--init", "kaiming"), ("--other-data",), ("--give-up",)):
+        assert f"--official trains nothing: leave {option[0]} out" in fails(capsys, *common, *option)
     (tmp_path / "y" / "config.json").write_text("[]")
     assert "config.json cannot be read: it holds no settings" in fails(capsys, "--official", tmp_path / "y")
     (tmp_path / "y" / "config.json").unlink()
@@ -259,8 +299,44 @@ def test_no_network_and_unknown_names(capsys, monkeypatch):
         raise ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub.utils.logging, "set_verbosity_error", lambda: None)  # what other tests hear stays
     err = fails(capsys, "--official", "CIFAR10-VGG8")
     assert "cannot be downloaded (no route to host)" in err and "give --official DIR" in err
+
+
+def test_a_download(tensors, images, tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repository, file, subfolder):
+        asked.append((repository, subfolder, file))
+        return str(write(tmp_path / "cache" / "snapshot", tensors) / file)
+
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub.utils.logging, "set_verbosity_error", lambda: None)
+    assert train.main(["--official", "CIFAR10-VGG8", "--data", "folder", "--data-root", str(images)]) == 0
+    assert asked == [("vwOvOwv/DeepEISNN", "CIFAR10-VGG8", name) for name in ("config.json", "model.safetensors")]
+    assert "; the authors report 87.03% on CIFAR10\n" in capsys.readouterr().out
+    assert Path("runs/official-CIFAR10-VGG8/best.pt").exists()
+
+
+def test_an_mlp_of_other_time_steps_and_ratio(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = build("mlp", in_channels=1, T=2, image_size=8, ei_ratio=5, plan=[20, 10])
+    initialize(model, torch.rand(20, 1, 8, 8))
+    official.save(model, tmp_path / "model.safetensors")
+    write(tmp_path / "x", official.read(tmp_path), dataset="digits", arch="MLP", num_layers=3, T=2, ei_ratio=5)
+    path = tmp_path / "x" / "model.safetensors"  # the file stands for the folder that it is in
+    assert train.main(["--official", str(path), "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "mlp ei: 40 excitatory and 8 inhibitory" in out and "authors report" not in out
+    config = Run(tmp_path / "run").config
+    assert (config["arch"], config["plan"], config["T"], config["ei_ratio"]) == ("mlp", "20-10", 2, 5)
+    assert "(with --image-size 4, which decides about an MLP's channels)" in fails(
+        capsys, "--official", path, "--image-size", 4
+    )
 
 
 def test_without_the_packages(tensors, tmp_path, capsys, monkeypatch):
@@ -275,7 +351,11 @@ def test_without_the_packages(tensors, tmp_path, capsys, monkeypatch):
 def test_every_published_network_has_its_data():
     assert len(official.PUBLISHED) == 11
     for name in official.PUBLISHED:
-        assert official.DATA[name.split("-")[0]] in train.data.LOADERS
+        assert official.DATA[name.split("-")[0].lower()] in train.data.LOADERS
+    for (arch, kind), accuracy in reproduce.AUTHORS.items():
+        if kind == "ei":
+            name = arch.upper() if arch != "resnet18" else "ResNet18"
+            assert official.PUBLISHED[f"CIFAR10-{name}"] == accuracy
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------------
@@ -461,4 +541,28 @@ def test_side_by_side_sees_a_difference(tmp_path, capsys, fresh_modules):
 
 def test_side_by_side_without_their_program(tmp_path, capsys):
     assert "there is no folder" in fails(capsys, "--compare", tmp_path / "none", program=official)
-    assert "is no checkout of the authors' repository" in fails(capsys, "--compare", tmp_path, program=official)
+    assert "(ModuleNotFoundError: No module named 'models')" in fails(capsys, "--compare", tmp_path, program=official)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("class SpikingEiVGG", "class Other", "AttributeError"),
+        ("light_classifier, dropout,", "light, dropout,", "TypeError"),
+        ("layer_config", "cfg", "AttributeError"),
+        ("class EiSGD", "class Other", "AttributeError"),
+        ("self.gain_i", "self.gain", "RuntimeError: Error(s) in loading state_dict"),
+        ("LIFNode", "Neuron", "it has 0 modules with LIF in their name, not 5"),
+        ("return self.layers(x)", "raise KeyError('a') #", "KeyError: 'a'"),
+        ("return self.layers(x).mean(0)", "return self.layers(x).mean(0)[:, :3]", "IndexError"),
+        ("class Step(", "raise SystemExit(3)\n\nclass Step(", "SystemExit: 3"),
+        ("import torch", "import nothing_like_it", "No module named 'nothing_like_it'"),
+    ],
+)
+def test_side_by_side_with_another_program(tmp_path, capsys, fresh_modules, old, new, message):
+    folder = stand_in(tmp_path / "theirs")
+    for path in (folder / "models" / "vgg.py", folder / "modules" / "optimizers.py"):
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    arguments = ("--compare", folder, "--steps", 1, "--width", 0.05, "--batch-size", 4)
+    err = fails(capsys, *arguments, program=official)
+    assert message in err and "is not the authors' program, or another version of it" in err
