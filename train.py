@@ -177,7 +177,12 @@ def test(args, device):
     if config["model"] == "bn":
         return 0
     rival = run.folder.resolve().with_name(recipes.run_name(config | recipes.FULL | dict(model="bn", ei_ratio=4)))
-    if (rival / "best.pt").exists():  # beside it
+    if (rival / "best.pt").exists():
+        other = Run(rival).config
+        if differing := [key for key in ("image_size", "epochs") if other.get(key) != config[key]]:
+            print(f"the BN-SNN beside it, {rival}, was made with other {' and '.join(differing)}: not compared")
+            return 0
+        print("beside it, BN-SNN:")
         same = dict(eval=rival, T=args.T, data_root=args.data_root, plain=args.plain, other_data=args.other_data)
         return test(argparse.Namespace(**vars(recipes.parse([])) | same), device)
     print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from baselines import DANNCircuit, DANNCircuit2d, bn_conv, plain_conv
+from baselines import DANNCircuit, DANNCircuit2d, bn_conv, bn_dense, plain_conv, plain_dense
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 from model import build, circuits
@@ -49,6 +49,17 @@ def test_dann_draws_its_constants(make):
     assert not circuit.needs_batch and EICircuit2d.needs_batch and circuit.free == ("b_e", "alpha")
     with pytest.raises(ValueError, match="at least 1"):
         make(ei_ratio=0)
+
+
+@torch.no_grad()
+def test_dense_rivals():
+    x = 5 + 3 * torch.randn(400, 200)
+    synapses = bn_dense(200, 50)
+    out = synapses(x)
+    assert out.mean(0).abs().max() < 1e-4 and (out.std(0) - 1).abs().max() < 0.01
+    assert [tuple(p.shape) for p in synapses.parameters()] == [(50, 200), (50,), (50,)]  # no bias beside the norm's
+    weight = next(p for p in plain_dense(200, 5000).parameters() if p.dim() == 2)
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 200), rel=0.01)
 
 
 def test_dann_computes_cornford_s_equation_with_corrected_gradients():

@@ -156,7 +156,8 @@ def test_recipes_of_tinyimagenet():
         assert of("--arch", arch)[:3] == [cifar[k] for k in ("lr", "warmup_epochs", "warmup_from")]
 
 
-def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, name):
     class Fake:
         def __init__(self, root, train, download):
             self.classes = list("abcdefghij")
@@ -164,12 +165,12 @@ def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
             self.data[..., 2] = 9
             self.targets = [3] * len(self.data)
 
-    monkeypatch.setattr(data, "CIFAR10", Fake)
-    d = data.load("cifar10", tmp_path)
+    monkeypatch.setattr(data, name.upper(), Fake)
+    d = data.load(name, tmp_path)
     assert d.train_x.shape == (6, 3, 32, 32) and d.test_y.tolist() == [3, 3] and d.n_classes == 10
     assert d.augment is data.augment
     assert d.train_x[0, :, 4, 4].tolist() == [7, 7, 9]
-    assert data.load("cifar10", tmp_path, image_size=48).train_x.shape == (6, 3, 48, 48)
+    assert data.load(name, tmp_path, image_size=48).train_x.shape == (6, 3, 48, 48)
 
 
 def write_mnist(folder, n_train=40, n_test=20):
@@ -194,6 +195,14 @@ def test_mnist_is_read_through_torchvision(tmp_path, name, folder, capsys):
     options = ["--arch", "mlp", "--data", name, "--data-root", str(tmp_path), "--epochs", "1", "--batch-size", "20"]
     assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
     assert "samples of 1x28x28" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["", "x" * 2000])
+def test_damaged_files_of_mnist(tmp_path, broken, monkeypatch):
+    write_mnist(tmp_path / "MNIST" / "raw")
+    (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").write_text(broken)
+    with pytest.raises(OSError, match=r"mnist is not in .*, or damaged, and cannot be downloaded .* put the official"):
+        data.load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])

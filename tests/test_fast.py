@@ -256,6 +256,18 @@ def test_keep_memory_changes_no_result():
 # ---- accelerate ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [dict(kind="dann"), dict(eps=1e-8), dict()])
+@pytest.mark.parametrize("arch", ["mlp", "vgg8"])
+def test_a_small_change_of_an_equation_is_noticed(arch, options, monkeypatch):
+    """Also with a fixed eps, where a silent position has a current of 1e8, beside which it would be nothing."""
+    model = build(arch, T=2, width=0.1, **options)
+    batch = torch.rand(6, 3, 32, 32)
+    initialize(model, batch)
+    plain = EICircuit.forward
+    monkeypatch.setattr(EICircuit, "forward", lambda self, x: plain(self, x) + 0.01)
+    assert accelerate(model, batch) == {"baselines.py" if "kind" in options else "inhibition.py"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_accelerate_finds_no_difference_in_an_untouched_network(arch, kind, capsys):

@@ -387,3 +387,4 @@ def test_run_name_says_what_is_ablated():
     assert run_name(config) == "digits-vgg8-ei-eps1e-06-noste-noscaling-kaiming-seed0"
     config |= dict(ei_ratio=8, tau=3.0, width=0.5, eps="adaptive", ste=True, grad_scaling=True, init="ei")
     assert run_name(config) == "digits-vgg8-ei-width0.5-eiratio8-tau3-seed0"
+    assert run_name(config | dict(plan="8-P")) == "digits-vgg8-ei-plan8-P-width0.5-eiratio8-tau3-seed0"

@@ -97,6 +97,11 @@ def test_eval_counts_costs_beside_bn_snn_and_at_other_time_steps(finished, optio
     (bn / "checkpoint.pt").touch()  # its first epoch is not over
     assert train.main(["--eval", str(folder)]) == 0 and "no BN-SNN with a finished epoch" in capsys.readouterr().out
     shutil.rmtree(bn)
+    other = shutil.copytree(folder, bn) / "config.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | dict(epochs=7)))
+    assert train.main(["--eval", str(folder)]) == 0
+    assert "folder-vgg8-bn-seed0, was made with other epochs: not compared" in capsys.readouterr().out
+    shutil.rmtree(bn)
     monkeypatch.chdir(folder)
     assert train.main([*options, "--model", "bn", "--epochs", "1", "--out", str(bn)]) == 0
     capsys.readouterr()
@@ -377,3 +382,9 @@ def test_as_a_program_it_prints_one_line_and_no_traceback(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_first_network_learns_the_digits(tmp_path):
+    """The recipe of the MLP, as it is, in some seconds."""
+    assert train.main(["--arch", "mlp", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] >= 0.93
