@@ -47,9 +47,8 @@ PUBLISHED = {  # top-1 accuracy in % that the authors report
     "CIFAR10DVS-VGG11": 78.40,
     "DVSGesture-VGG8": 95.83,
 }
-DATA = {name: name for name in data.LOADERS}  # their names for datasets, in lower case, and ours
+DATA = {name: name for name in data.LOADERS} | dict(fashionmnist="fashion-mnist")  # theirs, in lower case, and ours
 DATA |= dict(tinyimagenet200="tinyimagenet", cifar10dvs="cifar10-dvs", dvsgesture="dvs-gesture")
-DATA |= dict(fashionmnist="fashion-mnist")
 NO_USE = ("epochs", "lr", "warmup_epochs", "warmup_from", "weight_decay", "clip_norm", "init", "give_up", "other_data")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -351,7 +350,10 @@ def settings_of(folder, tensors, args):
         raise ValueError(
             f"{CONFIG} says dataset {theirs.get('dataset')!r}: give --data, one of {', '.join(data.LOADERS)}"
         )
-    chosen = argparse.Namespace(**dict(T=T, data=DATA.get(name)) | given)
+    tau = theirs["neuron"].get("tau", 2.0) if isinstance(theirs.get("neuron"), dict) else 2.0
+    if type(tau) not in (int, float) or not 1 <= tau <= recipes.HUGE:
+        raise ValueError(f"{CONFIG}: tau is to be a number of at least 1, not {tau!r}")
+    chosen = argparse.Namespace(**dict(T=T, tau=float(tau), data=DATA.get(name)) | given)
     chosen.arch = "mlp" if all(t.dim() < 4 for t in tensors.values()) else "vgg8"  # for the size of the images
     size = given.get("image_size", recipes.settings(chosen)["image_size"])
     said = theirs.get("ei_ratio", 4)

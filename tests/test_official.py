@@ -273,6 +273,7 @@ def test_what_contradicts_the_file(tensors, images, tmp_path, capsys):
     for config, message in (
         (dict(T=0), "T is to be a whole number"),
         (dict(T=True), "T is to be a whole number"),
+        (dict(neuron=dict(tau="2")), "tau is to be a number of at least 1, not '2'"),
         (dict(ei_ratio=8), "says ei_ratio 8, but the tensors are of 4"),
         (dict(ei_ratio=[4]), "says ei_ratio [4], but the tensors are of 4"),
         (dict(num_layers=11), "says num_layers 11, but the tensors are of vgg8"),
@@ -327,13 +328,22 @@ def test_an_mlp_of_other_time_steps_and_ratio(tmp_path, capsys):
     model = build("mlp", in_channels=1, T=2, image_size=8, ei_ratio=5, plan=[20, 10])
     initialize(model, torch.rand(20, 1, 8, 8))
     official.save(model, tmp_path / "model.safetensors")
-    write(tmp_path / "x", official.read(tmp_path), dataset="digits", arch="MLP", num_layers=3, T=2, ei_ratio=5)
+    write(
+        tmp_path / "x",
+        official.read(tmp_path),
+        dataset="digits",
+        arch="MLP",
+        num_layers=3,
+        T=2,
+        ei_ratio=5,
+        neuron=dict(tau=3),
+    )
     path = tmp_path / "x" / "model.safetensors"  # the file stands for the folder that it is in
     assert train.main(["--official", str(path), "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "mlp ei: 40 excitatory and 8 inhibitory" in out and "authors report" not in out
     config = Run(tmp_path / "run").config
-    assert (config["arch"], config["plan"], config["T"], config["ei_ratio"]) == ("mlp", "20-10", 2, 5)
+    assert [config[k] for k in ("arch", "plan", "T", "ei_ratio", "tau")] == ["mlp", "20-10", 2, 5, 3]
     assert "(with --image-size 4, which decides about an MLP's channels)" in fails(
         capsys, "--official", path, "--image-size", 4
     )
