@@ -157,12 +157,13 @@ def draw_stabilizer(args):
         dataset, network = train.make(config, pick_device())
         train.prepare(config, dataset, network)
         networks = {BEFORE: network}
-    x, y = train.first_batch(config, dataset)
+    order = data.epoch_order(config, dataset, 0)[:16]
+    batches = [data.training_batch(config, dataset, chosen, step) for step, chosen in enumerate(order)]
     width = plots.PAGE if len(networks) == 2 else 5.4
     figure, axes = panels(4.4, 2, len(networks), width, sharex=True, sharey="row")
     rows = []
     for (when, network), (top, bottom) in zip(networks.items(), axes.T, strict=True):
-        found = stabilization(network, x, y)
+        found = stabilization(network, batches)
         by = [row["layer"] for row in found]
         top.plot(by, [100 * row["zeros"] for row in found], color=INH, marker="o", label="$I_{div} = 0$")
         unbalanced = [100 * row["unbalanced"] if row["zeros"] else np.nan for row in found]  # no zeros: no share
@@ -170,13 +171,12 @@ def draw_stabilizer(args):
         top.set_title(when)
         for variant, style in zip(VARIANTS, STYLES, strict=False):
             bottom.plot(by, [row[variant] for row in found], label=variant, **style)
-            for row in found:
-                shares = dict(layer=row["layer"], zeros=row["zeros"], unbalanced=row["unbalanced"])
-                rows.append(dict(when=when, **shares, variant=variant, gradient_norm=row[variant]))
+            counted = [dict(when=when) | {key: row[key] for key in ("layer", "zeros", "unbalanced")} for row in found]
+            rows += [c | dict(variant=variant, gradient_norm=r[variant]) for c, r in zip(counted, found, strict=True)]
         by_layer(bottom, len(found))
     axes[0, 0].set(ylabel="share (%)", ylim=(-3, 103))
     axes[0, 0].legend()
-    axes[1, 0].set(ylabel="norm of the gradient to $x$", yscale="log")
+    axes[1, 0].set(ylabel="largest norm of the gradient to $x$", yscale="log")
     legend_outside(figure, axes[1, 0], "lower center")
     save(figure, "stabilizer", rows, args.out)
 

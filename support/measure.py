@@ -182,46 +182,50 @@ VARIANTS = {  # of the stabilization: eps, ste
 }
 
 
-def stabilization(model, x, y):
+def stabilization(model, batches):
     """Where I_div is 0, and what that does to the gradient: a list of dicts, one for each circuit that divides.
 
-    The network computes the loss of images x with labels y once, as it is. Each circuit then gets its own input and its
-    own incoming gradient dL/dI_int again, with each of `VARIANTS` in turn.
+    The network computes the loss of each batch, (images, labels), as it is. Each circuit then gets its own input and
+    its own incoming gradient dL/dI_int again, with each of `VARIANTS` in turn.
 
     Returns:
         layer: from 1.
         zeros: the share of I_div that is exactly 0.
         unbalanced: the share of these with I_EE other than I_sub; only there can STE change a gradient.
-        For each variant the norm of the gradient to x.
+        For each variant the norm of the gradient to x, the largest of the batches.
     """
-    seen = {}
+    divided, seen = circuits(model)[:-1], {}
+    rows = [dict(layer=i, zeros=0, unbalanced=0) | dict.fromkeys(VARIANTS, 0.0) for i, _ in enumerate(divided, 1)]
+    sizes = [0] * len(rows)
 
     def record(circuit, args, i_int):
         seen[circuit] = args[0].detach(), i_int
         i_int.retain_grad()
 
-    divided = circuits(model)[:-1]
-    with hooked(model, [circuit.register_forward_hook(record) for circuit in divided]):
-        F.cross_entropy(model(x), y).backward()
-    model.zero_grad()
-    rows = []
-    for i, circuit in enumerate(divided, 1):
-        x, i_int = seen[circuit]
-        with torch.no_grad():
-            found = circuit.currents(x)
-        zero = found["i_div"] == 0
-        # I_EE and I_sub sum many products in another order; a difference below 1e-5 of their size is rounding
-        size = found["i_ee"].abs().amax(tuple(range(1, zero.dim())), keepdim=True)
-        unbalanced = (found["i_ee"] - found["i_sub"]).abs() > 1e-5 * size
-        row = dict(layer=i, zeros=zero.float().mean().item())
-        row["unbalanced"] = (zero & unbalanced).sum().item() / max(1, zero.sum().item())
-        usual = circuit.eps, circuit.ste
-        for name, (circuit.eps, circuit.ste) in VARIANTS.items():
-            leaf = x.clone().requires_grad_()
-            (grad,) = torch.autograd.grad(circuit.currents(leaf)["i_int"], leaf, i_int.grad)
-            row[name] = grad.norm().item()
-        circuit.eps, circuit.ste = usual
-        rows.append(row)
+    for images, labels in batches:
+        with hooked(model, [circuit.register_forward_hook(record) for circuit in divided]):
+            F.cross_entropy(model(images), labels).backward()
+        model.zero_grad()
+        for i, (circuit, row) in enumerate(zip(divided, rows, strict=True)):
+            x, i_int = seen.pop(circuit)
+            with torch.no_grad():
+                found = circuit.currents(x)
+            zero = found["i_div"] == 0
+            # I_EE and I_sub sum many products in another order; a difference below 1e-5 of their size is rounding
+            size = found["i_ee"].abs().amax(tuple(range(1, zero.dim())), keepdim=True)
+            unbalanced = (found["i_ee"] - found["i_sub"]).abs() > 1e-5 * size
+            row["zeros"] += zero.sum().item()
+            row["unbalanced"] += (zero & unbalanced).sum().item()
+            sizes[i] += zero.numel()
+            usual = circuit.eps, circuit.ste
+            for name, (circuit.eps, circuit.ste) in VARIANTS.items():
+                leaf = x.clone().requires_grad_()
+                (grad,) = torch.autograd.grad(circuit.currents(leaf)["i_int"], leaf, i_int.grad)
+                row[name] = max(row[name], grad.norm().item())
+            circuit.eps, circuit.ste = usual
+    for row, size in zip(rows, sizes, strict=True):
+        row["unbalanced"] /= max(1, row["zeros"])
+        row["zeros"] /= size
     return rows
 
 

@@ -10,6 +10,7 @@ from model import build, circuits, layers
 from support import data, measure
 from support.fast import accelerate
 from support.measure import (
+    VARIANTS,
     contrast_response,
     cost_table,
     costs,
@@ -204,7 +205,7 @@ def test_stabilization_counts_zeros_and_gradients():
     x, y = data.to_input(dataset.train_x[:8]), dataset.train_y[:8]
     net = build("vgg8", in_channels=1, plan=[16, "P", 16, "P"], T=2)
     initialize(net, x)
-    rows = stabilization(net, x, y)
+    rows = stabilization(net, [(x, y)])
     assert [row["layer"] for row in rows] == [1, 2] and all(p.grad is None for p in net.parameters())
     zeros = (currents_of(net, x, 0)["i_div"] == 0).float().mean().item()
     assert 0.05 < zeros < 0.5 and rows[0]["zeros"] == pytest.approx(zeros)
@@ -215,4 +216,11 @@ def test_stabilization_counts_zeros_and_gradients():
     assert [(c.eps, c.ste) for c in circuits(net)] == [("adaptive", True)] * 3
     with torch.no_grad():
         net.encoder.stages[0].circuit.w_ie[:, :, :, 0] = 0  # what Dale's law may do: I_div = 0, but I_EE > 0
-    assert stabilization(net, x, y)[0]["unbalanced"] > 0.01
+    assert stabilization(net, [(x, y)])[0]["unbalanced"] > 0.01
+    alone = [stabilization(net, [(x[i : i + 4], y[i : i + 4])]) for i in (0, 4)]
+    for row, one, other in zip(stabilization(net, [(x[:4], y[:4]), (x[4:], y[4:])]), *alone, strict=True):
+        assert row["zeros"] == pytest.approx((one["zeros"] + other["zeros"]) / 2)
+        shares = one["unbalanced"] * one["zeros"] + other["unbalanced"] * other["zeros"]
+        assert row["unbalanced"] * row["zeros"] == pytest.approx(shares / 2)
+        for variant in VARIANTS:
+            assert row[variant] == max(one[variant], other[variant])
