@@ -157,7 +157,7 @@ def draw_stabilizer(args):
         dataset, network = train.make(config, pick_device())
         train.prepare(config, dataset, network)
         networks = {BEFORE: network}
-    order = data.epoch_order(config, dataset, 0)[:16]
+    order = data.epoch_order(config, dataset, 0)[: args.batches]
     batches = [data.training_batch(config, dataset, chosen, step) for step, chosen in enumerate(order)]
     width = plots.PAGE if len(networks) == 2 else 5.4
     figure, axes = panels(4.4, 2, len(networks), width, sharex=True, sharey="row")
@@ -383,8 +383,7 @@ def draw_weights(args):
             if not values:  # DANN has another g_I
                 continue
             values = torch.cat(values).numpy()
-            counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
-            fractions = counts / counts.sum()
+            fractions = np.histogram(values.clip(edges[0], edges[-1]), edges)[0] / len(values)
             sign = -1 if parameter in ("w_ei", "g_i") else 1  # what it does to the membrane
             axis.stairs(fractions[::sign], (sign * edges)[::sign], color=INH if sign < 0 else EXC, label=when, **style)
             about = dict(when=when, parameter=parameter, sign=sign)
@@ -424,6 +423,7 @@ def command(argv):
     for key, kind in kinds.items():
         p.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"{where} ({recipes.WHAT[key]:g})")
     p.add_argument("--plan", type=recipes.layer_sizes, help=f"list of layers, {where} (the network's own)")
+    p.add_argument("--batches", type=recipes.count, default=4, help="that the figure stabilizer looks at (4)")
     p.add_argument("--data-root", help="where the data are now (where the run had them; without one, ./data)")
     args = p.parse_args(argv)
     if args.runs != "runs" and not Path(args.runs).is_dir():
