@@ -71,7 +71,10 @@ def status(command, rank="0"):
             if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
                 raise  # an error of the program
             who = "error" if rank == "0" else f"process {rank}"  # so that "error" is said once
-            print(f"{who}: {' '.join(str(error).split())[:1000] or 'not enough memory'}", file=sys.stderr)
+            said = " ".join(str(error).split())[:1000]
+            if isinstance(error, MemoryError | RuntimeError):
+                said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
+            print(f"{who}: {said.strip()}", file=sys.stderr)
             return 2
 
 

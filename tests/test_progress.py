@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_runs import names
 
 import train
-from support import data, recipes
+from support import console, data, recipes
 from support.measure import first_nonfinite
 from support.progress import Progress, StopRequest
 from support.runs import Run
@@ -94,3 +94,15 @@ def test_a_training_in_a_thread_has_no_signals_and_runs(tmp_path):
     thread.start()
     thread.join(120)
     assert found == [None, 0] and (tmp_path / "t" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_ends_with_advice(error, capsys):
+    def command():
+        raise error
+
+    assert console.status(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: not enough memory; take a smaller network") and err.count("\n") == 1
