@@ -96,11 +96,8 @@ def run_all(args, device):
         def tell(history, left=left):
             if len(history) == 1:
                 seconds = history[0]["seconds"]
-                time = (
-                    f"{seconds * left / 3600:.1f} hours"
-                    if seconds * left > 3600
-                    else f"{seconds * left / 60:.0f} minutes"
-                )
+                hours = seconds * left / 3600
+                time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
                 print(f"{seconds:.1f} s an epoch; {left} epochs in all are left: about {time} at this pace")
 
         status = train.work(run, config, args, device, folder, tell)

@@ -149,14 +149,15 @@ def compare(folder, state_of, steps, width, batch_size, data_root, **options):
         for a, b in zip(*spikes, strict=True):
             differing += (a != b.view_as(a)).sum().item()
             all_spikes += a.numel()
-        for loss, several in zip(losses, ([our_sgd], their_sgd), strict=True):
-            for optimizer in several:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in several:
-                optimizer.step()
+        with of_theirs(folder):
+            for loss, several in zip(losses, ([our_sgd], their_sgd), strict=True):
+                for optimizer in several:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in several:
+                    optimizer.step()
+            reset_net(theirs)
         clamp_dale(ours)
-        reset_net(theirs)
         if step + 1 in shown:
             largest, relative = distance(state_of(ours), theirs.state_dict())
             counted = f"{differing:,} of {all_spikes:,}"

@@ -564,6 +564,7 @@ def test_side_by_side_without_their_program(tmp_path, capsys):
         ("self.gain_i", "self.gain", "RuntimeError: Error(s) in loading state_dict"),
         ("LIFNode", "Neuron", "it has 0 modules with LIF in their name, not 5"),
         ("return self.layers(x)", "raise KeyError('a') #", "KeyError: 'a'"),
+        ("p.clamp_(min=0)", "p.clamp_to(0)", "AttributeError"),
         ("return self.layers(x).mean(0)", "return self.layers(x).mean(0)[:, :3]", "IndexError"),
         ("class Step(", "raise SystemExit(3)\n\nclass Step(", "SystemExit: 3"),
         ("import torch", "import nothing_like_it", "No module named 'nothing_like_it'"),
