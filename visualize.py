@@ -19,7 +19,7 @@ from ei_init import ei_init, initialize
 from model import ARCHS, build, circuits, layers
 from support import console, data, plots, recipes
 from support.diagram import SYMBOLS, circuit_diagram
-from support.fast import accelerate
+from support.fast import accelerate, keep_memory
 from support.history import Missing, pick, trained_runs, usual_settings
 from support.measure import VARIANTS, contrast_response, currents_of, histogram, observe, stabilization
 from support.parallel import pick_device
@@ -187,8 +187,7 @@ def draw_stabilizer(args):
 def draw_curves(args):
     """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
     runs = trained_runs(args)
-    figure, axes = panels(2.5, 1, 2)
-    left, right = axes[0]
+    figure, [[left, right]] = panels(2.5, 1, 2)
     rows = []
     for (model, name), style in zip(NAMES.items(), STYLES, strict=False):
         metrics = pick(runs, model=model).metrics()
@@ -447,4 +446,5 @@ def command(argv):
 
 
 if __name__ == "__main__":
+    keep_memory()
     console.leave(main())
