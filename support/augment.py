@@ -26,7 +26,8 @@ def augment(x, generator):
     """CIFAR augmentation (paper, training details): random crop with padding 4, horizontal flip, cutout.
 
     Cutout: with probability 1/2 a rectangle of 2 to 40 % of the area, aspect ratio 0.4 to 2.5 (log-uniform), is filled
-    with random values in [0, 1].
+    with random values in [0, 1], one for each pixel and channel. In the authors' program the aspect ratio is uniform,
+    and the rectangle has one random shade of red: what that changes is in results/README.md.
 
     Args:
         x: (B, C, S, S) float in [0, 1].
