@@ -58,13 +58,11 @@ class _LIF(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_spikes):
         (u,) = ctx.saved_tensors
-        grad = torch.empty_like(u)
-        for t in reversed(range(u.shape[0])):
-            sigma = torch.sub(u[t], ctx.threshold).mul_(ctx.alpha).sigmoid_()
-            torch.ops.aten.sigmoid_backward.grad_input(grad_spikes[t], sigma, grad_input=grad[t])
-            grad[t].mul_(ctx.alpha)
-            if t + 1 < u.shape[0]:
-                grad[t].add_(grad[t + 1], alpha=ctx.leak)
+        grad = torch.sub(u, ctx.threshold).mul_(ctx.alpha).sigmoid_()  # sigma; then dL/ds ds/du in its place
+        torch.ops.aten.sigmoid_backward.grad_input(grad_spikes, grad, grad_input=grad)
+        grad.mul_(ctx.alpha)
+        for t in reversed(range(len(u) - 1)):
+            grad[t].add_(grad[t + 1], alpha=ctx.leak)
         return grad, None, None, None
 
 
