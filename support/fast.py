@@ -120,7 +120,7 @@ class _GainControl(torch.autograd.Function):
         torch.div(grad, i_div, out=grad_balanced)  # both gradients go where one convolution's gradient is needed
         minus_grad_div = torch.mul(grad_balanced, balanced).div_(i_div)
         torch.mm(minus_grad_div, -w, out=grad_s_i)
-        return grad_currents, minus_grad_div.t() @ -s_i, grad.sum(0), None
+        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
 
 
 def gain_control(currents, w, b_e, eps="adaptive"):

@@ -16,7 +16,8 @@ from support.fast import FORMS, accelerate
 
 def silent(x, w, stride, padding):
     """Positions whose receptive field holds nothing but zeros, counted with a kernel of ones: (N, 1, H', W')."""
-    return COUNT(x.sum(1, keepdim=True).double(), torch.ones(1, 1, *w.shape[2:]).to(x).double(), None, stride, padding) == 0
+    ones = x.new_ones(1, 1, *w.shape[2:], dtype=torch.double)
+    return COUNT(x.sum(1, keepdim=True).double(), ones, None, stride, padding) == 0
 
 
 COUNT, LINEAR = F.conv2d, F.linear
