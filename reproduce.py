@@ -10,16 +10,16 @@ and draws the figures, all into the folder --out.
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
 import train
 import visualize
 from model import ARCHS
-from support import console, parallel, recipes
+from support import console, data, parallel, recipes
+from support.console import first_line
 from support.fast import keep_memory
-from support.runs import Run, holds_run, write_atomically
+from support.runs import DATA, Run, bad_part, holds_run, write_atomically
 
 SUITES = {  # the options of each run
     "paper": [  # what its figures compare
@@ -35,6 +35,8 @@ SUITES = {  # the options of each run
 # Top-1 accuracy in % that the authors report on CIFAR-10: 300 epochs, full width.
 AUTHORS = {("vgg8", "ei"): 87.03, ("vgg11", "ei"): 88.43, ("vgg16", "ei"): 91.01, ("vgg19", "ei"): 91.36}
 AUTHORS |= {("resnet18", "ei"): 92.06, ("resnet18", "bn"): 95.37}
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+RESULT = {"outcome": str, "config": dict, "data": DATA}  # what a result.json must hold, see `bad_part`
 
 
 def parse(argv=None):
@@ -42,7 +44,9 @@ def parse(argv=None):
     p.add_argument("--suite", nargs="+", choices=SUITES, default=["paper"], help="which runs (paper)")
     p.add_argument("--seeds", type=recipes.count, default=1, help="E-I, BN-SNN and DANN with so many seeds from 0 (1)")
     p.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them at the end (yes)")
-    p.add_argument("--out", default="runs", help="folder of all run folders, the table and the figures (runs)")
+    p.add_argument(
+        "--out", type=recipes.folder, default="runs", help="folder of all run folders, the table and the figures (runs)"
+    )
     recipes.add_settings(p)
     recipes.add_ways(p)
     return p.parse_args(argv)
@@ -52,7 +56,7 @@ def plan(args):
     """The settings of every run, in order, each once.
 
     Raises:
-        ValueError: an option is given that the runs differ in.
+        ValueError: an option is given that the runs differ in, or that one of them does not have.
     """
     if args.seed is not None and args.seeds > 1:
         raise ValueError("--seeds trains the seeds from 0: leave --seed out")
@@ -71,34 +75,77 @@ def plan(args):
             own["seed"] = seed
         lacks = {"dann": ("tau", "threshold", "alpha", "T"), "bn": ("ei_ratio",), "plain": ("ei_ratio",)}
         own |= dict.fromkeys(lacks.get(own.get("model", args.model), ()))  # what this kind of network does not have
-        config = recipes.settings(argparse.Namespace(**given | own))
+        try:
+            config = recipes.settings(argparse.Namespace(**given | own))
+        except ValueError as error:
+            raise ValueError(f"the run {' '.join(options)}: {error}") from None
         if config not in configs:
             configs.append(config)
     return configs
+
+
+def read_result(path):
+    """What is in a result.json. One that is damaged is a ValueError."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        part = bad_part(result, RESULT)
+        if part is None:
+            return result
+        reason = f"{part} is missing in it or not what it should be"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+    raise ValueError(f"{path} cannot be read ({reason}): delete it, and it is written again from the checkpoint")
+
+
+def same_data(config, finished):
+    """Refuses data other than those of finished runs, which would stand in one table with the ones to come.
+
+    Args:
+        config: settings of a run that is still to be trained.
+        finished: by folder, what finished runs remember of their data, see `data.identity`.
+    """
+    if not finished:
+        return
+    with parallel.first_process_first():
+        now = data.identity(data.load(config["data"], config["data_root"], config["image_size"], "cpu", config["T"]))
+    for folder, known in finished.items():
+        if known["shape"] == now["shape"] and (different := data.differences(known, now)):
+            raise ValueError(
+                f"the data in {config['data_root']} are not those of {folder}, which is finished: {different}; give "
+                "its own with --data-root, or choose another --out"
+            )
 
 
 def run_all(args, device):
     """Trains every run that is not finished yet. Returns the exit status of the first one that is stopped, or 0."""
     configs = plan(args)
     left = sum(config["epochs"] for config in configs)
-    for i, config in enumerate(configs, 1):
-        name = recipes.run_name(config)
-        folder = Path(args.out) / name
-        print(f"\nrun {i} of {len(configs)}: {name}")
+    folders = [args.out / recipes.run_name(config) for config in configs]
+    results = {f: read_result(f / "result.json") for f in folders if (f / "result.json").exists()}
+    known = {folder: result["data"] for folder, result in results.items()}
+    told, compared = set(), set()
+    for i, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
+        print(f"\nrun {i} of {len(configs)}: {folder.name}")
         run = Run(folder) if holds_run(folder) else None
         if run:
             config = run.settings(config)  # an older one with other settings is refused
-        if run and (folder / "result.json").exists():
-            print(f"finished before, in {folder}")
+        if run and folder in results:
+            cut = results[folder].get("given_up")
+            on = f", given up at chance; the rest of it: python train.py --resume {run.quoted}" if cut else ""
+            print(f"finished before, in {folder}{on}")
             left -= config["epochs"]
             continue
+        if (kind := (config["image_size"], config["T"])) not in compared:
+            same_data(config, known)
+            compared.add(kind)
 
-        def tell(history, left=left):
-            if len(history) == 1:
-                seconds = history[0]["seconds"]
-                hours = seconds * left / 3600
+        def tell(history, left=left, folder=folder):
+            if folder not in told:  # after the first epoch
+                told.add(folder)
+                seconds, rest = history[-1]["seconds"], left - len(history)
+                hours = seconds * rest / 3600
                 time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
-                print(f"{seconds:.1f} s an epoch; {left} epochs in all are left: about {time} at this pace")
+                print(f"{seconds:.1f} s an epoch; epochs left in all runs: {rest}, about {time} at this pace")
 
         status = train.work(run, config, args, device, folder, tell)
         if status:
@@ -108,14 +155,16 @@ def run_all(args, device):
 
 
 def table(folder):
-    """A line of Markdown for each finished run below a folder."""
+    """A line of Markdown for each finished run in a folder."""
     lines = ["| network | width | seed | epochs | s/epoch | outcome | top-1 %, last epoch | best (epoch) | authors* |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for path in sorted(Path(folder).glob("*/result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(folder.glob("*/result.json")):
+        result = read_result(path)
         config = result["config"]
         names = [config["arch"], config["model"]]
-        full = config == config | recipes.FULL | dict(model=config["model"]) and config["data"] in ("cifar10", "folder")
+        data_of = result["data"]
+        cifar10 = data_of["classes"] == CIFAR10 and data_of["train"].startswith("50000 ")
+        full = config == config | recipes.FULL | dict(model=config["model"]) and cifar10
         plan = config.get("plan", "")
         known = AUTHORS.get(tuple(names)) if full and not plan else None
         names += [plan] * bool(plan)
@@ -142,13 +191,13 @@ def command(args):
         if parallel.rank():
             return 0
         lines = table(args.out)
-        write_atomically(Path(args.out) / "table.md", ("\n".join(lines) + "\n").encode())
+        write_atomically(args.out / "table.md", ("\n".join(lines) + "\n").encode())
         print("\n" + "\n".join(lines) + "\n")
     if not args.figures:
         return 0
     config = plan(args)[0]
     chosen = [recipes.option(key, config[key]) for key in ("data", "arch", "width", "seed", "data_root")]
-    return visualize.main(["all", args.out, "--out", str(Path(args.out) / "figures"), *chosen])
+    return visualize.main(["all", str(args.out), "--out", str(args.out / "figures"), *chosen])
 
 
 def main(argv=None):

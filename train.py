@@ -137,9 +137,7 @@ def work(run, config, args, device, folder=None, after_epoch=None):
             state = run.load() if parallel.rank() else run.resume()
             config = longer(run, config, state, args.epochs)
         dataset, model = make(config, device)
-    size, n = config["batch_size"], len(dataset.train_y)
-    if size > n:
-        raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
+    size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large, before there is a run
     if size % parallel.world():
         raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
     if run is None:

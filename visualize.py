@@ -5,7 +5,6 @@ figure as a CSV file. Orange is excitation and blue is inhibition. `python visua
 """
 
 import contextlib
-import copy
 from pathlib import Path
 
 import matplotlib
@@ -19,50 +18,20 @@ from ei_init import ei_init, initialize
 from model import ARCHS, build, circuits, layers
 from support import console, data, plots, recipes
 from support.diagram import SYMBOLS, circuit_diagram
-from support.fast import accelerate, keep_memory
-from support.history import Missing, pick, trained_runs, usual_settings
+from support.fast import keep_memory
+from support.history import AFTER, BEFORE, Missing, networks_of, pick, trained_runs, usual_settings, with_circuits
 from support.measure import VARIANTS, contrast_response, currents_of, histogram, observe, stabilization
 from support.parallel import pick_device
 from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, legend_outside, long_rows, panels, save
-from support.runs import BEST, CHECKPOINT, holds_run, restore, saved
+from support.runs import holds_run
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
-BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 PARAMETERS = dict(w_ee="$W_{EE}$", w_ie="$W_{IE}$", w_ei="$W_{EI}$", g_i="$g_I$", g_e="$g_E$", b_e="$b_E$")
 
 
 def draw_circuit(args):
     """The E-I circuit of one layer as a diagram, with its symbols as a table."""
     save(circuit_diagram(), "circuit", SYMBOLS, args.out)
-
-
-# ---- networks --------------------------------------------------------------------------------------------------------
-
-
-def networks_of(run, fast=True, end=False):
-    """The dataset of a run, and its network at initialisation and after training: a dict.
-
-    The initialisation is drawn again from the run's seed. On another kind of device it is another draw. Of a network
-    that was trained elsewhere it is E-I Init with these data. fast: with the fused forms of `support/fast.py`, else
-    with the plain equations. end: as the training left it, where that is kept, else at its best epoch.
-    """
-    device = pick_device()
-    dataset, before = train.make(run.config, device)
-    train.prepare(run.config, dataset, before)
-    if fast:
-        accelerate(before, train.first_batch(run.config, dataset)[0])
-    after = copy.deepcopy(before)
-    name = CHECKPOINT if end and saved(run.folder) else BEST
-    restore(after, run.run.load(name)["model"], run.folder / name)
-    if run.elsewhere():
-        print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
-    return dataset, {ANEW if run.elsewhere() else BEFORE: before.eval(), AFTER: after.eval()}
-
-
-def with_circuits(network):
-    if not circuits(network):
-        raise Missing("this network has no E-I circuits: draw it from a run with --model ei")
-    return network
 
 
 # ---- at initialisation -----------------------------------------------------------------------------------------------
@@ -413,7 +382,7 @@ def command(argv):
     p = recipes.Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     p.add_argument("figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {f.__doc__}" for k, f in FIGURES.items()))
     p.add_argument("runs", nargs="?", default="runs", help="a folder of runs, or one run (runs)")
-    p.add_argument("--out", type=Path, help="where the figures go (figures; of one run, its own folder)")
+    p.add_argument("--out", type=recipes.folder, help="where the figures go (figures; of one run, its own folder)")
     where = "where there are runs of several"
     p.add_argument("--arch", choices=ARCHS, help=f"network, {where} (vgg8)")
     p.add_argument("--data", choices=data.LOADERS, help=f"dataset, {where} (digits)")

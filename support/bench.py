@@ -32,7 +32,7 @@ from support.console import status
 from support.fast import accelerate, keep_memory
 from support.measure import hooked
 from support.parallel import pick_device
-from support.recipes import MOMENTUM, Parser, count, positive
+from support.recipes import MOMENTUM, Parser, count, folder, positive
 
 N_CLASSES, IMAGE = 10, (3, 32, 32)
 
@@ -292,8 +292,7 @@ def scaling(args, device):
     """Training steps of `fast` over T, batch size and depth: a picture with a straight line through each sweep."""
     from matplotlib.figure import Figure
 
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, points in sweeps(args).items():
         contenders = []
@@ -310,7 +309,7 @@ def scaling(args, device):
                 if i:  # the first round warms up
                     times[value].append(1e3 * t)
         rows += [(name, value, median(t), min(t), max(t)) for value, t in times.items()]
-    with open(folder / "scaling.csv", "w", newline="", encoding="utf-8") as file:
+    with open(args.out / "scaling.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("sweep", "value", "median_ms", "min_ms", "max_ms"), *rows])
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -325,8 +324,8 @@ def scaling(args, device):
         axis.legend(frameon=False)
         print(f"{name:14} {offset:8.1f} ms + {slope:8.2f} ms each   R^2 = {r2:.4f}")
     for kind in ("png", "pdf"):
-        figure.savefig(folder / f"scaling.{kind}", dpi=150)
-    print(f"{folder / 'scaling.png'}, scaling.pdf, scaling.csv")
+        figure.savefig(args.out / f"scaling.{kind}", dpi=150)
+    print(f"{args.out / 'scaling.png'}, scaling.pdf, scaling.csv")
 
 
 def parse(argv=None):
@@ -341,7 +340,7 @@ def parse(argv=None):
     p.add_argument("--json", metavar="FILE", help="write every time of every round, and what follows from them")
     p.add_argument("--profile", action="store_true", help="instead: the costliest operations of a training step")
     p.add_argument("--scaling", action="store_true", help="instead: cost over T, batch size and depth, with a picture")
-    p.add_argument("--out", default="figures", help="folder of the picture (figures)")
+    p.add_argument("--out", type=folder, default="figures", help="folder of the picture (figures)")
     return p.parse_args(argv)
 
 

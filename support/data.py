@@ -359,7 +359,7 @@ def _decode(file, size):
                 image = image.convert("L")
             image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # a decoder fails on a foreign file in many ways; all of them mean the same
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+        raise ValueError(f"{file} cannot be read as an image ({error}): replace it or delete it") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
@@ -409,8 +409,14 @@ def differences(before, now, but=()):
 
 
 def epoch_order(config, dataset, epoch):
-    """The batches of an epoch, indices of samples, the incomplete last one left out: (batches, batch size)."""
+    """The batches of an epoch, indices of samples, the incomplete last one left out: (batches, batch size).
+
+    Raises:
+        ValueError: there are fewer samples than a batch has.
+    """
     n, size = len(dataset.train_y), config["batch_size"]
+    if size > n:
+        raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
     generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
     order = torch.randperm(n, generator=generator)[: n // size * size]
     return order.view(-1, size).to(dataset.train_y.device)

@@ -1,20 +1,27 @@
 """Reading finished runs, for figures that need them. A reader of the paper may skip this file.
 
-`trained_runs` finds the runs in a folder, `pick` chooses one of them by its settings. If a run is missing, the message
-names the command that makes it.
+`trained_runs` finds the runs in a folder, `pick` chooses one of them by its settings, `networks_of` makes its networks.
+If a run is missing, the message names the command that makes it.
 """
 
+import copy
 import csv
 import json
 from pathlib import Path
 
 import numpy as np
 
-from model import KINDS
+import train
+from model import KINDS, circuits
+from support import data
 from support.console import quoted
+from support.fast import accelerate
 from support.measure import BINS
+from support.parallel import pick_device
 from support.recipes import COLUMNS, FULL, WHAT, option, parse, settings
-from support.runs import BEST, bad_part, holds_run, reopen, saved
+from support.runs import BEST, CHECKPOINT, bad_part, holds_run, reopen, restore, saved
+
+BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 
 # By these settings runs are chosen in a folder that has several. Not every kind of network has each of the last four.
 CHOICES = ("data", "arch", "plan", "seed", "width", "ei_ratio", "tau", "threshold", "alpha")
@@ -59,6 +66,8 @@ class Trained:
         except FileNotFoundError:
             if self.elsewhere():
                 raise Missing(f"{self.folder} has no history: its network was trained elsewhere") from None
+            if not saved(self.folder):
+                raise Missing(f"{self.folder} has no {name}, nor a checkpoint to make it from") from None
             raise Missing(f"{self.folder} is not finished: {resume}") from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
             said = f"{type(error).__name__}: {error}"
@@ -178,7 +187,8 @@ def pick(runs, **wanted):
     method = {**FULL, **wanted}
     found = [run for run in runs if all(run.config[key] == value for key, value in method.items())]
     if not found:
-        said = " ".join(f"{key}={value}" for key, value in wanted.items()) or "the paper's settings"
+        said = " ".join(f"{key}={value}" for key, value in wanted.items())
+        said = f"{said} and otherwise the paper's method" if said else "the paper's method"
         raise Missing(f"no run with {said} {runs[0].place}")
     if len(found) > 1:
         print(f"{found[0].folder} is drawn, not {', '.join(str(run.folder) for run in found[1:])}")
@@ -204,3 +214,37 @@ def usual_settings(args, shown=None):
     shown = shown or " ".join(filter(None, (config["arch"], config["plan"])))
     print(f"an E-I network, {shown}, with" + " {data}, T={T}, width {width:g}, seed {seed}".format(**config))
     return config
+
+
+def networks_of(run, fast=True, end=False):
+    """The dataset of a run, and its network at initialisation and after training: a dict.
+
+    The initialisation is drawn again from the run's seed. On another kind of device it is another draw. Of a network
+    that was trained elsewhere it is E-I Init with these data. fast: with the fused forms of `support/fast.py`, else
+    with the plain equations. end: as the training left it, where that is kept, else at its best epoch.
+
+    Raises:
+        ValueError: the data are not those of the run.
+    """
+    name = CHECKPOINT if end and saved(run.folder) else BEST
+    state = run.run.load(name)
+    dataset, before = train.make(run.config, pick_device())
+    if run.elsewhere():
+        print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
+    elif different := data.differences(state["data"], data.identity(dataset)):
+        raise ValueError(
+            f"these data are not those of {run.folder}: {different}; say with --data-root where its own are"
+        )
+    train.prepare(run.config, dataset, before)
+    if fast:
+        accelerate(before, train.first_batch(run.config, dataset)[0])
+    after = copy.deepcopy(before)
+    restore(after, state["model"], run.folder / name)
+    return dataset, {ANEW if run.elsewhere() else BEFORE: before.eval(), AFTER: after.eval()}
+
+
+def with_circuits(network):
+    """The network, if it has E-I circuits."""
+    if not circuits(network):
+        raise Missing("this network has no E-I circuits: draw it from a run with --model ei")
+    return network

@@ -5,6 +5,7 @@ want to look at the table.
 import argparse
 import re
 from functools import partial
+from pathlib import Path
 
 from ei_prop import STABILIZERS
 from model import ARCHS, KINDS
@@ -104,6 +105,8 @@ def settings(args):
         raise ValueError("--tau, --threshold and --alpha are of spiking neurons: --model dann has none")
     if kind in ("bn", "plain") and config["ei_ratio"] != NEURONS["ei_ratio"]:
         raise ValueError(f"--ei-ratio is of E-I circuits: --model {kind} has none")
+    if config["plan"] and config["arch"] == "resnet18":
+        raise ValueError("--plan is the list of layers of a VGG or an MLP: --arch resnet18 takes none")
     values = dict(zip(COLUMNS, recipe(config["data"], config["arch"], kind)[3], strict=True))
     if "epochs" in given:  # a shorter run is the same schedule in proportion
         values["warmup_epochs"] *= given["epochs"] / values["epochs"]
@@ -153,6 +156,14 @@ times = partial(number, float, 0.001, 100, "a number from 0.001 to 100")
 def epsilon(text):
     names = ", ".join(STABILIZERS)
     return text if text in STABILIZERS else number(float, TINY, HUGE, f"a positive number or one of: {names}", text)
+
+
+def folder(text):
+    """A path at which there may be a folder, or nothing yet."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    return path
 
 
 def layer_sizes(text):
@@ -210,7 +221,7 @@ def parse(argv=None):
     p = Parser(prog="train.py", description="Train a spiking network with lateral inhibition.", allow_abbrev=False)
     add_settings(p)
     add_ways(p)
-    p.add_argument("--out", help="run folder (runs/<data>-<arch>-<model>-...)")
+    p.add_argument("--out", type=folder, help="run folder (runs/<data>-<arch>-<model>-...)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
     p.add_argument("--other-data", action="store_true", default=None, help="with --eval: also on data of another run")

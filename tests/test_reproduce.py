@@ -43,11 +43,10 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(options, tmp_path, c
     assert (tmp_path / "folder-vgg8-plain-width0.1-seed0" / "result.json").exists()
     assert not drawn and not (tmp_path / "table.md").exists()
     monkeypatch.setattr(train, "evaluate", evaluate)
-    capsys.readouterr()
+    assert "s an epoch; epochs left in all runs: 2, about 0 minutes at this pace" in capsys.readouterr().out
     assert reproduce.main(suite) == 0
     out = capsys.readouterr().out
     assert out.count("finished before") == 1 and "run 3 of 3: folder-vgg8-ei-width0.1-eps1e-06-seed0" in out
-    assert "s an epoch; 1 epochs in all are left" in out
     assert len(list(tmp_path.glob("*/result.json"))) == 3
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith("| network") and len([line for line in lines if "vgg8" in line]) == 3
@@ -68,6 +67,77 @@ def test_a_run_at_chance_is_given_up_and_the_table_says_so(options, tmp_path, ca
     result = json.loads((tmp_path / "folder-vgg8-ei-width0.1-seed0" / "result.json").read_text())
     assert result["epochs"] == 2 and result["given_up"] and result["outcome"] == "failed to converge"
     assert "2/4" in (tmp_path / "table.md").read_text() and "given up" in (tmp_path / "table.md").read_text()
+    capsys.readouterr()
+    assert reproduce.main(suite) == 0
+    assert "given up at chance; the rest of it: python train.py --resume" in capsys.readouterr().out
+
+
+def test_the_pace_is_told_once_a_run_also_of_one_that_goes_on(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(reproduce.SUITES, "paper", [["--model", "plain"], ["--model", "bn"]])
+    suite = [*options, "--epochs", "4", "--out", str(tmp_path), "--no-figures"]
+    evaluate = train.evaluate
+
+    def stop(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", stop)
+    assert reproduce.main(suite) == 128 + signal.SIGTERM
+    assert "epochs left in all runs: 7," in capsys.readouterr().out
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert reproduce.main(suite) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "epochs left in all" in line]
+    assert len(told) == 2 and "runs: 6," in told[0] and "runs: 3," in told[1]
+
+
+@pytest.fixture
+def finished(options, tmp_path, monkeypatch):
+    """A folder with one finished run, and the command that made it."""
+    monkeypatch.setitem(reproduce.SUITES, "paper", [["--model", "plain"]])
+    suite = [*options, "--epochs", "1", "--out", str(tmp_path / "runs"), "--no-figures"]
+    assert reproduce.main(suite) == 0
+    return tmp_path / "runs", suite
+
+
+def test_runs_on_other_data_do_not_stand_in_one_table(finished, tmp_path, capsys, monkeypatch):
+    folder, suite = finished
+    other = soak.make_images(tmp_path / "other", n_train=14)
+    moved = [*suite, "--data-root", str(other)]
+    assert reproduce.main(moved) == 0  # nothing is to be trained
+    monkeypatch.setitem(reproduce.SUITES, "paper", [["--model", "plain"], ["--model", "bn"]])
+    err = run_and_fail(capsys, *moved)
+    assert "seed0, which is finished: the training set has other contents" in err and "choose another --out" in err
+    assert len(list(folder.glob("*/"))) == 1
+    assert reproduce.main(suite) == 0
+    assert len(list(folder.glob("*/result.json"))) == 2
+
+
+def test_a_damaged_result_is_named_and_can_be_written_again(finished, capsys):
+    folder, suite = finished
+    (result,) = folder.glob("*/result.json")
+    whole = result.read_text()
+    for text in ("{", '{"a": 1}', "[]", whole[:-40], whole.replace('"classes"', '"klassen"')):
+        result.write_text(text)
+        err = run_and_fail(capsys, *suite)
+        assert f"{result} cannot be read" in err and "delete it" in err
+    result.unlink()
+    assert reproduce.main(suite) == 0
+    assert json.loads(result.read_text()) == json.loads(whole)
+
+
+def test_the_authors_numbers_stand_beside_cifar10_only(finished):
+    folder, _ = finished
+    (path,) = folder.glob("*/result.json")
+    result = json.loads(path.read_text())
+    result["config"] |= dict(model="ei", data="folder", width=0.5)
+    for train_set, classes, number in (
+        ("50000 samples", reproduce.CIFAR10, "| 87.03 |"),
+        ("45000 samples", reproduce.CIFAR10, "| - |"),
+        ("50000 samples", ["lower", "upper"], "| - |"),
+    ):
+        result["data"] |= dict(train=train_set, classes=classes)
+        path.write_text(json.dumps(result))
+        assert reproduce.table(folder)[2].endswith(number)
 
 
 def test_which_runs_there_are():
@@ -90,7 +160,9 @@ def test_which_runs_there_are():
     [
         (["--suite", "depth", "--arch", "vgg8"], "chooses --arch itself"),
         (["--no-grad-scaling"], "chooses --grad-scaling itself"),
-        (["--suite", "rivals", "--eps", "1e-6"], "of --model ei only"),
+        (["--suite", "rivals", "--eps", "1e-6"], "the run --model bn: --eps, --no-ste"),
+        (["--suite", "depth", "--plan", "16 P 32 P"], "--arch resnet18 takes none"),
+        (["--out", __file__], "is a file, not a folder"),
         (["--seeds", "2", "--seed", "1"], "leave --seed out"),
         (["--seeds", "0"], "at least 1"),
         (["--suite", "none"], "none"),

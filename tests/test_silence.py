@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import train
+import visualize
 from support import console, data, events, parallel, progress
 from support.measure import hooked
 from support.runs import Run
@@ -68,6 +69,20 @@ def test_another_number_of_classes_is_the_cause(run, images, capsys):
     for option in (["--eval", run], ["--eval", run, "--other-data"]):
         assert "tells 2 classes apart, but these data have 3" in fails(capsys, *option)
     assert "there were 2 classes, and now there are 3" in fails(capsys, "--resume", run)
+
+
+def test_a_figure_of_a_run_is_drawn_with_its_own_data(run, images, tmp_path, capsys):
+    figures = ["--out", str(tmp_path / "f")]
+    assert visualize.main(["stabilizer", str(run), *figures]) == 0
+    other = soak.make_images(tmp_path / "other", n_train=14)
+    for figure in ("stabilizer", "gain"):
+        assert visualize.main([figure, str(run), "--data-root", str(other), *figures]) == 2
+        err = capsys.readouterr().err
+        assert "the training set has other contents" in err and "--data-root" in err and err.count("\n") == 1
+    few = soak.make_images(tmp_path / "few", n_train=1)
+    for figure in ("stabilizer", "gradients"):  # of no run: the recipe's batch
+        assert visualize.main([figure, "--data", "folder", "--width", "0.1", "--data-root", str(few), *figures]) == 2
+        assert "a batch of 128 is larger than the training set of 2: --batch-size 2 or less" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["pixels", "order", "labels"])

@@ -322,7 +322,10 @@ def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
     assert "config.json" in fails(capsys, "curves", folder, "--out", tmp_path)
     config = (suite / "runs" / "digits-vgg8-ei-seed0" / "config.json").read_text()
     (folder / "config.json").write_text(config)
-    assert "is not finished" in fails(capsys, "evolution", folder, "--out", tmp_path)
+    assert "has no histograms.json, nor a checkpoint" in fails(capsys, "evolution", folder, "--out", tmp_path)
+    (folder / "checkpoint.pt").touch()
+    assert "is not finished: python train.py --resume" in fails(capsys, "evolution", folder, "--out", tmp_path)
+    (folder / "checkpoint.pt").unlink()
     (folder / "histograms.json").write_text('[[{"i_int": [1]')
     assert "cannot be read" in fails(capsys, "evolution", folder, "--out", tmp_path)
     assert "has no best.pt" in fails(capsys, "weights", folder, "--out", tmp_path)
@@ -340,7 +343,7 @@ def test_runs_of_several_networks_in_one_folder(suite, tmp_path, capsys):
     (deep / "config.json").write_text(json.dumps(config | dict(arch="resnet18")))
     assert visualize.main(["curves", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
     err = fails(capsys, "curves", tmp_path, "--arch", "resnet18", "--out", tmp_path / "f")
-    assert "no run with model=bn" in err or "not finished" in err
+    assert "no run with model=bn and otherwise the paper's method" in err or "nor a checkpoint" in err
     assert "--seed 5" in fails(capsys, "curves", tmp_path, "--seed", "5")
     (tmp_path / "ei" / "config.json").unlink()  # the checkpoint has it too
     (deep / "config.json").write_text("{")
@@ -359,10 +362,10 @@ def test_runs_of_several_widths_are_not_mixed(suite, tmp_path, capsys):
     config = json.loads((run_of(suite, "ei").folder / "config.json").read_text(encoding="utf-8"))
     copy_with(config, tmp_path / "a", width=0.5)
     err = fails(capsys, "evolution", tmp_path, "--out", tmp_path / "f")
-    assert f"{tmp_path / 'a'} is not finished" in err  # the only one
+    assert f"{tmp_path / 'a'} has no histograms.json" in err  # the only one
     copy_with(config, tmp_path / "b", width=0.25)
     assert "width: 0.25, 0.5. Choose one with --width" in fails(capsys, "evolution", tmp_path)
-    assert f"{tmp_path / 'b'} is not finished" in fails(capsys, "evolution", tmp_path, "--width", "0.25")
+    assert f"{tmp_path / 'b'} has no histograms.json" in fails(capsys, "evolution", tmp_path, "--width", "0.25")
     shutil.copytree(run_of(suite, "ei").folder, tmp_path / "c")
     assert visualize.main(["evolution", str(tmp_path), "--out", str(tmp_path / "f")]) == 0  # the paper's, c
     err = fails(capsys, "ablation", tmp_path, "--width", "0.5", "--out", tmp_path / "f")
@@ -370,10 +373,10 @@ def test_runs_of_several_widths_are_not_mixed(suite, tmp_path, capsys):
         assert part in err
     copy_with(config, tmp_path / "d", tau=3.0)
     copy_with(config, tmp_path / "e", model="dann")  # has no tau
-    assert f"{tmp_path / 'd'} is not finished" in fails(capsys, "evolution", tmp_path, "--tau", "3")
-    assert f"{tmp_path / 'd'} is not finished" in fails(capsys, "curves", tmp_path, "--tau", "3")
+    assert f"{tmp_path / 'd'} has no histograms.json" in fails(capsys, "evolution", tmp_path, "--tau", "3")
+    assert f"{tmp_path / 'd'} has no metrics.csv" in fails(capsys, "curves", tmp_path, "--tau", "3")
     copy_with(config, tmp_path / "b2", width=0.25, epochs=4)
-    assert "is not finished" in fails(capsys, "evolution", tmp_path, "--width", "0.25")
+    assert "has no histograms.json" in fails(capsys, "evolution", tmp_path, "--width", "0.25")
 
 
 def test_a_second_run_with_the_same_settings_is_named(suite, tmp_path, capsys):
