@@ -19,7 +19,7 @@ from model import ARCHS
 from support import console, data, parallel, recipes
 from support.console import first_line
 from support.fast import keep_memory
-from support.runs import DATA, Run, bad_part, holds_run, write_atomically
+from support.runs import DATA, Run, bad_part, holds_run, saved, write_atomically
 
 SUITES = {  # the options of each run
     "paper": [  # what its figures compare
@@ -36,7 +36,11 @@ SUITES = {  # the options of each run
 AUTHORS = {("vgg8", "ei"): 87.03, ("vgg11", "ei"): 88.43, ("vgg16", "ei"): 91.01, ("vgg19", "ei"): 91.36}
 AUTHORS |= {("resnet18", "ei"): 92.06, ("resnet18", "bn"): 95.37}
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-RESULT = {"outcome": str, "config": dict, "data": DATA}  # what a result.json must hold, see `bad_part`
+# What a result.json must hold, see `bad_part`.
+CONFIG = dict(arch=str, model=str, data=str, init=str, ste=bool, grad_scaling=bool, width=float, seed=int, epochs=int)
+RESULT = {"outcome": str, "config": CONFIG, "data": DATA}
+# And that of a run with an epoch behind it.
+OF_EPOCHS = dict(epochs=int, train_seconds=float, test_accuracy=float, best_test_accuracy=float, best_epoch=int)
 
 
 def parse(argv=None):
@@ -85,31 +89,45 @@ def plan(args):
 
 
 def read_result(path):
-    """What is in a result.json. One that is damaged is a ValueError."""
+    """What is in a result.json.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         part = bad_part(result, RESULT)
+        if part is None and "epochs" in result:
+            part = bad_part(result, OF_EPOCHS)
         if part is None:
             return result
         reason = f"{part} is missing in it or not what it should be"
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         reason = first_line(error)
-    raise ValueError(f"{path} cannot be read ({reason}): delete it, and it is written again from the checkpoint")
+    advice = "delete it, and it is written again from the checkpoint"
+    if not saved(path.parent):
+        advice = "there is no checkpoint from which it could be written again, so mend it or move its folder away"
+    raise ValueError(f"{path} is damaged ({reason}): {advice}")
 
 
-def same_data(config, finished):
-    """Refuses data other than those of finished runs, which would stand in one table with the ones to come.
+def same_data(config, results):
+    """Refuses data other than those of finished runs, beside which the ones to come would stand in one table.
 
     Args:
         config: settings of a run that is still to be trained.
-        finished: by folder, what finished runs remember of their data, see `data.identity`.
+        results: by folder, what is in the result.json of each finished run.
     """
-    if not finished:
+    known = {folder: r["data"] for folder, r in results.items() if r["config"]["data"] == config["data"]}
+    if not known:
         return
     with parallel.first_process_first():
         now = data.identity(data.load(config["data"], config["data_root"], config["image_size"], "cpu", config["T"]))
-    for folder, known in finished.items():
-        if known["shape"] == now["shape"] and (different := data.differences(known, now)):
+    for folder, then in known.items():
+        # Other sizes, or other frames of the same recordings, have other contents in any case.
+        but = () if then["shape"] == now["shape"] else ("train", "test", "shape")
+        if different := data.differences(then, now, but):
             raise ValueError(
                 f"the data in {config['data_root']} are not those of {folder}, which is finished: {different}; give "
                 "its own with --data-root, or choose another --out"
@@ -120,29 +138,29 @@ def run_all(args, device):
     """Trains every run that is not finished yet. Returns the exit status of the first one that is stopped, or 0."""
     configs = plan(args)
     left = sum(config["epochs"] for config in configs)
-    folders = [args.out / recipes.run_name(config) for config in configs]
-    results = {f: read_result(f / "result.json") for f in folders if (f / "result.json").exists()}
-    known = {folder: result["data"] for folder, result in results.items()}
-    told, compared = set(), set()
-    for i, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
+    results = {path.parent: read_result(path) for path in sorted(args.out.glob("*/result.json"))}
+    told, compared = set(), False
+    for i, config in enumerate(configs, 1):
+        folder = args.out / recipes.run_name(config)
         print(f"\nrun {i} of {len(configs)}: {folder.name}")
         run = Run(folder) if holds_run(folder) else None
         if run:
             config = run.settings(config)  # an older one with other settings is refused
         if run and folder in results:
-            cut = results[folder].get("given_up")
-            on = f", given up at chance; the rest of it: python train.py --resume {run.quoted}" if cut else ""
-            print(f"finished before, in {folder}{on}")
+            cut = ", given up at chance" * results[folder].get("given_up", False)
+            cut += f"; the rest of it: python train.py --resume {run.quoted}" * bool(cut and saved(folder))
+            print(f"finished before, in {folder}{cut}")
             left -= config["epochs"]
             continue
-        if (kind := (config["image_size"], config["T"])) not in compared:
-            same_data(config, known)
-            compared.add(kind)
+        if not compared:
+            same_data(config, results)
+            compared = True
 
         def tell(history, left=left, folder=folder):
-            if folder not in told:  # after the first epoch
+            rest = left - len(history)
+            if folder not in told and rest:  # after the first epoch
                 told.add(folder)
-                seconds, rest = history[-1]["seconds"], left - len(history)
+                seconds = history[-1]["seconds"]
                 hours = seconds * rest / 3600
                 time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
                 print(f"{seconds:.1f} s an epoch; epochs left in all runs: {rest}, about {time} at this pace")
@@ -168,7 +186,8 @@ def table(folder):
         plan = config.get("plan", "")
         known = AUTHORS.get(tuple(names)) if full and not plan else None
         names += [plan] * bool(plan)
-        names += [f"eps={config['eps']}"] * (config["eps"] != "adaptive") + ["no STE"] * (not config["ste"])
+        eps = config.get("eps")  # a name or a number
+        names += [f"eps={eps}"] * (eps != "adaptive") + ["no STE"] * (not config["ste"])
         names += ["no scaling"] * (not config["grad_scaling"]) + ["Kaiming"] * (config["init"] != "ei")
         epochs = result.get("epochs", 0)
         seconds = result.get("train_seconds", 0) / max(1, epochs)

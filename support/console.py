@@ -68,11 +68,13 @@ def status(command, rank="0"):
             print("stopped", file=sys.stderr)
             return 130
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+            no_memory = isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error))
+            no_home = "home directory" in str(error)  # a path ~nobody/...
+            if isinstance(error, RuntimeError) and not (no_memory or no_home):
                 raise  # an error of the program
             who = "error" if rank == "0" else f"process {rank}"  # so that "error" is said once
             said = " ".join(str(error).split())[:1000]
-            if isinstance(error, MemoryError | RuntimeError):
+            if no_memory:
                 said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
             print(f"{who}: {said.strip()}", file=sys.stderr)
             return 2

@@ -358,8 +358,11 @@ def _decode(file, size):
                     image = image.point(lambda value: value * (1 / 257))
                 image = image.convert("L")
             image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except MemoryError:
+        raise
     except Exception as error:  # a decoder fails on a foreign file in many ways; all of them mean the same
-        raise ValueError(f"{file} cannot be read as an image ({error}): replace it or delete it") from None
+        advice = "" if getattr(error, "errno", None) else ": replace it or delete it"  # errno: the system's trouble
+        raise ValueError(f"{file} cannot be read as an image ({error}){advice}") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
@@ -416,7 +419,9 @@ def epoch_order(config, dataset, epoch):
     """
     n, size = len(dataset.train_y), config["batch_size"]
     if size > n:
-        raise ValueError(f"a batch of {size} is larger than the training set of {n}: --batch-size {n} or less")
+        raise ValueError(
+            f"a batch of {size} is larger than the training set of {n}: train with --batch-size {n} or less"
+        )
     generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
     order = torch.randperm(n, generator=generator)[: n // size * size]
     return order.view(-1, size).to(dataset.train_y.device)

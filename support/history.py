@@ -224,7 +224,7 @@ def networks_of(run, fast=True, end=False):
     with the plain equations. end: as the training left it, where that is kept, else at its best epoch.
 
     Raises:
-        ValueError: the data are not those of the run.
+        ValueError: the data are not those of the run. With a network that was trained elsewhere any are taken.
     """
     name = CHECKPOINT if end and saved(run.folder) else BEST
     state = run.run.load(name)

@@ -160,6 +160,8 @@ def epsilon(text):
 
 def folder(text):
     """A path at which there may be a folder, or nothing yet."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
     path = Path(text).expanduser()
     if path.is_file():
         raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")

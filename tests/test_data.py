@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_decoded_again(tmp_path):
     assert torch.equal(data.load("folder", root).train_x, d.train_x)
 
 
-def test_bad_folders(tmp_path):
+def test_bad_folders(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no folder"):
         data.load("folder", tmp_path / "nowhere")
     (tmp_path / "empty" / "train").mkdir(parents=True)
@@ -92,8 +92,16 @@ def test_bad_folders(tmp_path):
         data.load("folder", root)
     root = make_folder(tmp_path / "b", {"a": (2, 1), "b": (2, 1)})
     (root / "train" / "b" / "notes.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"notes\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"notes\.png cannot be read as an image .*: replace it or delete it$"):
         data.load("folder", root)
+
+    def too_many(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(data.Image, "open", too_many)
+    with pytest.raises(ValueError, match=r"cannot be read as an image \(.*Too many open files\)$"):  # a good image
+        data.load("folder", root)
+    monkeypatch.undo()
     root = make_folder(tmp_path / "c", {"a": (2, 1), "b": (2, 1)})
     (root / "test" / "c").mkdir()
     Image.new("RGB", (4, 4)).save(root / "test" / "c" / "x.png")

@@ -5,10 +5,12 @@ import signal
 
 import pytest
 import soak
+import torch
 
 import reproduce
 import train
 import visualize
+from support import data
 from support.recipes import parse as train_options
 
 
@@ -105,8 +107,9 @@ def test_runs_on_other_data_do_not_stand_in_one_table(finished, tmp_path, capsys
     moved = [*suite, "--data-root", str(other)]
     assert reproduce.main(moved) == 0  # nothing is to be trained
     monkeypatch.setitem(reproduce.SUITES, "paper", [["--model", "plain"], ["--model", "bn"]])
-    err = run_and_fail(capsys, *moved)
-    assert "seed0, which is finished: the training set has other contents" in err and "choose another --out" in err
+    for command in (moved, [*moved, "--seed", "1"]):  # the second has no finished run of its own there
+        err = run_and_fail(capsys, *command)
+        assert "seed0, which is finished: the training set has other contents" in err and "choose another --out" in err
     assert len(list(folder.glob("*/"))) == 1
     assert reproduce.main(suite) == 0
     assert len(list(folder.glob("*/result.json"))) == 2
@@ -116,13 +119,40 @@ def test_a_damaged_result_is_named_and_can_be_written_again(finished, capsys):
     folder, suite = finished
     (result,) = folder.glob("*/result.json")
     whole = result.read_text()
-    for text in ("{", '{"a": 1}', "[]", whole[:-40], whole.replace('"classes"', '"klassen"')):
+    for text in (
+        *("{", '{"a": 1}', "[]", whole[:-40]),
+        *(
+            whole.replace(f'"{key}"', '"other"')
+            for key in ("classes", "config", "width", "best_epoch", "test_accuracy")
+        ),
+        whole.replace('"train_seconds": ', '"train_seconds": "x", "was": '),
+    ):
         result.write_text(text)
         err = run_and_fail(capsys, *suite)
-        assert f"{result} cannot be read" in err and "delete it" in err
+        assert f"{result} is damaged" in err and "delete it, and it is written again" in err
     result.unlink()
     assert reproduce.main(suite) == 0
     assert json.loads(result.read_text()) == json.loads(whole)
+    for file in result.parent.glob("checkpoint*.pt"):
+        file.unlink()
+    result.write_text("{")
+    assert "there is no checkpoint" in run_and_fail(capsys, *suite)
+
+
+def test_other_frames_of_the_same_recordings_are_the_same_data(monkeypatch, capsys):
+    def load(name, root, image_size, device, T):
+        frames = torch.full((4, T, 2, 8, 8), int(root), dtype=torch.uint8)
+        return data.Dataset(frames, torch.arange(4) % 2, frames, torch.arange(4) % 2, ["a", root])
+
+    monkeypatch.setattr(data, "load", load)
+    config = dict(data="dvs-gesture", data_root="1", image_size=8, T=2)
+    result = dict(config=config, data=data.identity(load(None, "1", 8, "cpu", 2)))
+    reproduce.same_data(config, dict(run=result))
+    reproduce.same_data(config | dict(T=1), dict(run=result))  # DANN
+    reproduce.same_data(config | dict(data="digits", data_root="2"), dict(run=result))  # another table's
+    for T in (1, 2):
+        with pytest.raises(ValueError, match="the data in 2 are not those of run"):
+            reproduce.same_data(config | dict(T=T, data_root="2"), dict(run=result))
 
 
 def test_the_authors_numbers_stand_beside_cifar10_only(finished):
@@ -163,6 +193,8 @@ def test_which_runs_there_are():
         (["--suite", "rivals", "--eps", "1e-6"], "the run --model bn: --eps, --no-ste"),
         (["--suite", "depth", "--plan", "16 P 32 P"], "--arch resnet18 takes none"),
         (["--out", __file__], "is a file, not a folder"),
+        (["--out", ""], "it is empty"),
+        (["--out", "~nobody-of-this-name/x"], "home directory"),
         (["--seeds", "2", "--seed", "1"], "leave --seed out"),
         (["--seeds", "0"], "at least 1"),
         (["--suite", "none"], "none"),

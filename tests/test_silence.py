@@ -82,7 +82,10 @@ def test_a_figure_of_a_run_is_drawn_with_its_own_data(run, images, tmp_path, cap
     few = soak.make_images(tmp_path / "few", n_train=1)
     for figure in ("stabilizer", "gradients"):  # of no run: the recipe's batch
         assert visualize.main([figure, "--data", "folder", "--width", "0.1", "--data-root", str(few), *figures]) == 2
-        assert "a batch of 128 is larger than the training set of 2: --batch-size 2 or less" in capsys.readouterr().err
+        assert (
+            "a batch of 128 is larger than the training set of 2: train with --batch-size 2 or less"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize("how", ["pixels", "order", "labels"])
