@@ -227,9 +227,9 @@ def networks_of(run, fast=True, end=False):
         ValueError: the data are not those of the run. With a network that was trained elsewhere any are taken.
     """
     name = CHECKPOINT if end and saved(run.folder) else BEST
-    state = run.run.load(name)
+    state, elsewhere = run.run.load(name), run.elsewhere()
     dataset, before = train.make(run.config, pick_device())
-    if run.elsewhere():
+    if elsewhere:
         print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
     elif different := data.differences(state["data"], data.identity(dataset)):
         raise ValueError(
@@ -240,7 +240,7 @@ def networks_of(run, fast=True, end=False):
         accelerate(before, train.first_batch(run.config, dataset)[0])
     after = copy.deepcopy(before)
     restore(after, state["model"], run.folder / name)
-    return dataset, {ANEW if run.elsewhere() else BEFORE: before.eval(), AFTER: after.eval()}
+    return dataset, {ANEW if elsewhere else BEFORE: before.eval(), AFTER: after.eval()}
 
 
 def with_circuits(network):

@@ -139,7 +139,7 @@ def test_a_damaged_result_is_named_and_can_be_written_again(finished, capsys):
     assert "there is no checkpoint" in run_and_fail(capsys, *suite)
 
 
-def test_other_frames_of_the_same_recordings_are_the_same_data(monkeypatch, capsys):
+def test_other_frames_of_the_same_recordings_are_the_same_data(monkeypatch):
     def load(name, root, image_size, device, T):
         frames = torch.full((4, T, 2, 8, 8), int(root), dtype=torch.uint8)
         return data.Dataset(frames, torch.arange(4) % 2, frames, torch.arange(4) % 2, ["a", root])
@@ -149,7 +149,7 @@ def test_other_frames_of_the_same_recordings_are_the_same_data(monkeypatch, caps
     result = dict(config=config, data=data.identity(load(None, "1", 8, "cpu", 2)))
     reproduce.same_data(config, dict(run=result))
     reproduce.same_data(config | dict(T=1), dict(run=result))  # DANN
-    reproduce.same_data(config | dict(data="digits", data_root="2"), dict(run=result))  # another table's
+    reproduce.same_data(config | dict(data="digits", data_root="2"), dict(run=result))  # another dataset
     for T in (1, 2):
         with pytest.raises(ValueError, match="the data in 2 are not those of run"):
             reproduce.same_data(config | dict(T=T, data_root="2"), dict(run=result))
