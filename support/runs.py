@@ -368,7 +368,7 @@ class Run:
         result |= dict(torch=torch.__version__, config=self.config, data=self.data)
         if self.writes:
             write_atomically(self.folder / "result.json", _json(result))
-        last = f", test accuracy {accuracies[-1]:.2%}" if history else ""
+        last = f", test accuracy {accuracies[-1]:.2%}, best {best['test_accuracy']:.2%}" if history else ""
         cut = f", given up after {len(history)} epochs at chance" if given_up else ""
         print(f"{result['outcome']}{last}{cut}, {seconds:.0f} s of training")
         print(f"run folder: {self.folder}   its figures: python visualize.py all {self.quoted}")

@@ -54,7 +54,7 @@ def test_a_run_folder_round_trip(tmp_path):
     assert names(run.folder) == sorted([*KEPT, "checkpoint.prev.pt", "result.json"])
 
 
-def test_the_best_epoch_is_kept(tmp_path):
+def test_the_best_epoch_is_kept(tmp_path, capsys):
     run, network, history = create(tmp_path / "r", {}), nn.Linear(1, 1), []
     for epoch, accuracy in enumerate([0.2, 0.7, 0.7, 0.4], 1):
         nn.init.constant_(network.weight, epoch)
@@ -64,6 +64,10 @@ def test_the_best_epoch_is_kept(tmp_path):
         best = Run(run.folder).load("best.pt")
         assert best["epoch"] == best["model"]["weight"].item() == min(epoch, 2)
     assert best["accuracy"] == 0.7 and run.load()["model"]["weight"].item() == 4
+    run.finish(history, n_classes=10)
+    assert "converged, test accuracy 40.00%, best 70.00%, 4 s of training\n" in capsys.readouterr().out
+    result = json.loads((run.folder / "result.json").read_text())
+    assert [result[key] for key in ("test_accuracy", "best_test_accuracy", "best_epoch")] == [0.4, 0.7, 2]
 
 
 def chosen(folder):
