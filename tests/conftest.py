@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small networks are fastest so, and the other core is free
+
 
 def golden(name):
     """The arrays of a golden file as tensors."""
