@@ -165,7 +165,7 @@ def run_all(args, device):
                 time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
                 print(f"{seconds:.1f} s an epoch; epochs left in all runs: {rest}, about {time} at this pace")
 
-        status = train.work(run, config, args, device, folder, tell)
+        status = train.train_run(run, config, args, device, folder, tell)
         if status:
             return status
         left -= config["epochs"]

@@ -6,40 +6,16 @@ Read `train`, the loop over epochs and batches. Everything beside it is the comm
 
 import argparse
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from ei_init import initialize
 from inhibition import clamp_dale
-from model import build, layers
 from support import console, data, official, parallel, recipes
 from support.fast import accelerate, keep_memory
-from support.measure import cost_table, header, hooked
+from support.measure import cost_table, evaluate, header
 from support.progress import Progress, check_data, longer
-from support.runs import Run, reopen, restore
-
-
-def make(config, device):
-    """The dataset and the network of a run's settings, on the device. The network is not initialised yet."""
-    dataset = data.load(config["data"], config["data_root"], config["image_size"], device, config["T"])
-    torch.manual_seed(config["seed"])
-    options = ("T", "image_size", "width", "tau", "threshold", "alpha", "ei_ratio", "eps", "ste", "grad_scaling")
-    options = {name: config[name] for name in options} | dict(kind=config["model"], plan=recipes.plan_of(config))
-    model = build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
-    return dataset, model.to(device)
-
-
-def first_batch(config, dataset):
-    """Input, (B, C, H, W) or frames (B, T, C, H, W), and labels, (B,), of the first training step."""
-    return data.training_batch(config, dataset, data.epoch_order(config, dataset, 0)[0], step=0)
-
-
-def prepare(config, dataset, model):
-    """E-I Init with the first training batch, once, before the first step. A control keeps its |Kaiming| weights."""
-    if config["init"] == "ei":
-        initialize(model, first_batch(config, dataset)[0])
+from support.runs import Run, load_data_and_model, prepare, reopen, restore
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -56,7 +32,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     Args:
         run: the `Run` that keeps everything.
         config: its settings.
-        dataset, model: as from `make`, on one device.
+        dataset, model: as from `load_data_and_model`, on one device.
         state: of a training that was stopped, to go on with. None: from the start, with E-I Init.
         plain: only the plain equations, no fused forms.
         give_up: end when the network is at chance for a third of its epochs.
@@ -67,7 +43,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     if state is None:
         prepare(config, dataset, model)
     if not plain:
-        accelerate(model, first_batch(config, dataset)[0])
+        accelerate(model, data.first_batch(config, dataset)[0])
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
@@ -97,46 +73,17 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     return progress.finish()
 
 
-@torch.no_grad()
-def evaluate(model, x, y, batch_size=100):
-    """Tests a network.
-
-    Args:
-        x, y: a test set as `data.Dataset` holds it, (N, C, H, W) or (N, T, C, H, W), and (N,).
-
-    Returns:
-        Mean loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer.
-    """
-    batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
-    sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
-
-    def count_spikes(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
-        sums[2 + i] += spikes.mean() * spikes.shape[1]
-
-    parallel.same_buffers(model)
-    hooks = [layer.register_forward_hook(partial(count_spikes, i=i)) for i, layer in enumerate(layers(model))]
-    with hooked(model, hooks):  # in evaluation mode; afterwards the hooks are gone
-        for images, labels in zip(
-            parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True
-        ):
-            logits = model(data.to_input(images))
-            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-            sums[1] += (logits.argmax(1) == labels).sum()
-    loss, accuracy, *rates = (parallel.total(sums) / len(y)).tolist()
-    return loss, accuracy, rates
-
-
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def work(run, config, args, device, folder=None, after_epoch=None):
+def train_run(run, config, args, device, folder=None, after_epoch=None):
     """Goes on with a run, or starts one in a new folder. Returns the exit status."""
     with parallel.first_process_first():  # it makes the run folder whole, and decodes and caches the data
         state = None
         if run:
             state = run.load() if parallel.rank() else run.resume()
             config = longer(run, config, state, args.epochs)
-        dataset, model = make(config, device)
+        dataset, model = load_data_and_model(config, device)
     size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large, before there is a run
     if size % parallel.world():
         raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
@@ -157,11 +104,11 @@ def work(run, config, args, device, folder=None, after_epoch=None):
     return 0
 
 
-def test(args, device):
+def test_run(args, device):
     """--eval: tests the best network of a run, counts its costs, and does the same for BN-SNN beside it."""
     run, config = reopen(vars(args), args.eval, free=("data_root", "T"))
     state = run.load("best.pt")
-    dataset, model = make(config, device)
+    dataset, model = load_data_and_model(config, device)
     other_frames = dataset.train_x.dim() == 5 and args.T is not None
     check_data(run, state["data"], dataset, other_frames, args.other_data)
     restore(model, state["model"], run.folder / "best.pt")
@@ -182,7 +129,7 @@ def test(args, device):
             return 0
         print("beside it, BN-SNN:")
         same = dict(eval=rival, T=args.T, data_root=args.data_root, plain=args.plain, other_data=args.other_data)
-        return test(argparse.Namespace(**vars(recipes.parse([])) | same), device)
+        return test_run(argparse.Namespace(**vars(recipes.parse([])) | same), device)
     print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
     return 0
 
@@ -197,12 +144,12 @@ def command(args):
     device = parallel.pick_device(args.device)
     with parallel.joined(device), torch.random.fork_rng():
         if args.eval is not None:
-            return test(args, device)
+            return test_run(args, device)
         if args.official is not None:
-            return official.command(args, device, make, evaluate)
+            return official.command(args, device)
         if args.resume is not None:
-            return work(*reopen(vars(args), args.resume, free=("data_root", "epochs")), args, device)
-        return work(None, recipes.settings(args), args, device, args.out)
+            return train_run(*reopen(vars(args), args.resume, free=("data_root", "epochs")), args, device)
+        return train_run(None, recipes.settings(args), args, device, args.out)
 
 
 def main(argv=None):

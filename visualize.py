@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import train
 from ei_init import ei_init, initialize
 from model import ARCHS, build, circuits, layers
 from support import console, data, plots, recipes
@@ -23,7 +22,7 @@ from support.history import AFTER, BEFORE, Missing, networks_of, pick, trained_r
 from support.measure import VARIANTS, contrast_response, currents_of, histogram, observe, stabilization
 from support.parallel import pick_device
 from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, legend_outside, long_rows, panels, save
-from support.runs import holds_run
+from support.runs import holds_run, load_data_and_model, prepare
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
 PARAMETERS = dict(w_ee="$W_{EE}$", w_ie="$W_{IE}$", w_ei="$W_{EI}$", g_i="$g_I$", g_e="$g_E$", b_e="$b_E$")
@@ -52,7 +51,7 @@ def draw_init(args):
     """Mean and standard deviation of I_int, and firing rate, by layer, for three initialisations."""
     config = usual_settings(args, shown="vgg8 and vgg19")
     config["image_size"] = max(32, config["image_size"])  # an MLP may have smaller images than these networks take
-    dataset, _ = train.make(config, torch.device("cpu"))
+    dataset, _ = load_data_and_model(config, torch.device("cpu"))
     torch.manual_seed(0)
     batch = data.to_input(dataset.train_x[torch.randperm(len(dataset.train_x))[:32]])
     figure, axes = panels(4.8, 3, 2, sharex="col", sharey="row")
@@ -93,9 +92,9 @@ def draw_gradients(args):
     figure, axes = panels(3.6, 2, 3, sharex=True)
     rows = []
     for (name, options), style in zip(variants.items(), STYLES, strict=False):
-        dataset, model = train.make({**config, **options}, torch.device("cpu"))
-        train.prepare(config, dataset, model)
-        x, y = train.first_batch(config, dataset)
+        dataset, model = load_data_and_model({**config, **options}, torch.device("cpu"))
+        prepare(config, dataset, model)
+        x, y = data.first_batch(config, dataset)
         F.cross_entropy(model(x), y).backward()
         for parameter, axis in zip(PARAMETERS, axes.flat, strict=True):
             found = {i: getattr(c, parameter, None) for i, c in enumerate(circuits(model), 1)}  # not all in the readout
@@ -123,8 +122,8 @@ def draw_stabilizer(args):
         with_circuits(networks[AFTER])
     except Missing:
         config = usual_settings(args)
-        dataset, network = train.make(config, pick_device())
-        train.prepare(config, dataset, network)
+        dataset, network = load_data_and_model(config, pick_device())
+        prepare(config, dataset, network)
         networks = {BEFORE: network}
     order = data.epoch_order(config, dataset, 0)[: args.batches]
     batches = [data.training_batch(config, dataset, chosen, step) for step, chosen in enumerate(order)]

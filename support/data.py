@@ -435,6 +435,11 @@ def training_batch(config, dataset, indices, step):
     return x, dataset.train_y[indices]
 
 
+def first_batch(config, dataset):
+    """Input, (B, C, H, W) or frames (B, T, C, H, W), and labels, (B,), of the first training step."""
+    return training_batch(config, dataset, epoch_order(config, dataset, 0)[0], step=0)
+
+
 def sample(dataset, T, n=256):
     """Some test samples (at most n, fewer if T is large), evenly spaced over the set, as input, and their labels."""
     step = -(-len(dataset.test_x) // max(1, min(n, 1000 // T)))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-import train
 from model import KINDS, circuits
 from support import data
 from support.console import quoted
@@ -19,7 +18,7 @@ from support.fast import accelerate
 from support.measure import BINS
 from support.parallel import pick_device
 from support.recipes import COLUMNS, FULL, WHAT, option, parse, settings
-from support.runs import BEST, CHECKPOINT, bad_part, holds_run, reopen, restore, saved
+from support.runs import BEST, CHECKPOINT, bad_part, holds_run, load_data_and_model, prepare, reopen, restore, saved
 
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 
@@ -228,16 +227,16 @@ def networks_of(run, fast=True, end=False):
     """
     name = CHECKPOINT if end and saved(run.folder) else BEST
     state, elsewhere = run.run.load(name), run.elsewhere()
-    dataset, before = train.make(run.config, pick_device())
+    dataset, before = load_data_and_model(run.config, pick_device())
     if elsewhere:
         print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
     elif different := data.differences(state["data"], data.identity(dataset)):
         raise ValueError(
             f"these data are not those of {run.folder}: {different}; say with --data-root where its own are"
         )
-    train.prepare(run.config, dataset, before)
+    prepare(run.config, dataset, before)
     if fast:
-        accelerate(before, train.first_batch(run.config, dataset)[0])
+        accelerate(before, data.first_batch(run.config, dataset)[0])
     after = copy.deepcopy(before)
     restore(after, state["model"], run.folder / name)
     return dataset, {ANEW if elsewhere else BEFORE: before.eval(), AFTER: after.eval()}

@@ -14,7 +14,7 @@ from baselines import DANN
 from inhibition import EICircuit
 from lif import LIF, membrane_potential
 from model import circuits, layers
-from support import data, recipes
+from support import data, parallel, recipes
 
 
 @contextmanager
@@ -33,6 +33,35 @@ def hooked(model, hooks, training=False):
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+@torch.no_grad()
+def evaluate(model, x, y, batch_size=100):
+    """Tests a network.
+
+    Args:
+        x, y: a test set as `data.Dataset` holds it, (N, C, H, W) or (N, T, C, H, W), and (N,).
+
+    Returns:
+        Mean loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer.
+    """
+    batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
+    sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
+
+    def count_spikes(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
+        sums[2 + i] += spikes.mean() * spikes.shape[1]
+
+    parallel.same_buffers(model)
+    hooks = [layer.register_forward_hook(partial(count_spikes, i=i)) for i, layer in enumerate(layers(model))]
+    with hooked(model, hooks):  # in evaluation mode; afterwards the hooks are gone
+        for images, labels in zip(
+            parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True
+        ):
+            logits = model(data.to_input(images))
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[1] += (logits.argmax(1) == labels).sum()
+    loss, accuracy, *rates = (parallel.total(sums) / len(y)).tolist()
+    return loss, accuracy, rates
 
 
 # ---- populations -----------------------------------------------------------------------------------------------------

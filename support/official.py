@@ -30,8 +30,8 @@ from model import MLP, PLANS, ResNet18, build, circuits
 from support import data, parallel, recipes
 from support.console import first_line, leave, status
 from support.fast import accelerate
-from support.measure import cost_table, header
-from support.runs import Run, write_atomically
+from support.measure import cost_table, evaluate, header
+from support.runs import Run, load_data_and_model, write_atomically
 
 REPOSITORY = "vwOvOwv/DeepEISNN"  # at Hugging Face
 PUBLISHED = {  # top-1 accuracy in % that the authors report
@@ -375,13 +375,8 @@ def settings_of(folder, tensors, args):
     return recipes.settings(chosen)
 
 
-def command(args, device, make, evaluate):
-    """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0.
-
-    Args:
-        args: the command line.
-        make, evaluate: of train.py.
-    """
+def command(args, device):
+    """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0."""
     with parallel.first_process_first():
         folder = fetch(args.official)
     tensors = read(folder)
@@ -390,7 +385,7 @@ def command(args, device, make, evaluate):
         trained = network(tensors, config["T"], config["image_size"], config["ei_ratio"])
     except ValueError as error:
         raise ValueError(f"{args.official}: {error}") from None
-    dataset, model = make(config, device)
+    dataset, model = load_data_and_model(config, device)
     channels, classes = trained.in_channels, trained.readout.n_e
     if (channels, classes) != (dataset.in_channels, dataset.n_classes):
         raise ValueError(

@@ -28,6 +28,9 @@ from pathlib import Path
 
 import torch
 
+from ei_init import initialize
+from model import build
+from support import data, recipes
 from support.console import first_line, quoted, replace
 from support.recipes import option, parse, settings
 
@@ -414,6 +417,22 @@ def saved(folder):
 def holds_run(folder):
     """Whether there is a run in a folder, or what is left of one."""
     return saved(folder) or (Path(folder) / "config.json").exists()
+
+
+def load_data_and_model(config, device):
+    """The dataset and the network of a run's settings, on the device. The network is not initialised yet."""
+    dataset = data.load(config["data"], config["data_root"], config["image_size"], device, config["T"])
+    torch.manual_seed(config["seed"])
+    options = ("T", "image_size", "width", "tau", "threshold", "alpha", "ei_ratio", "eps", "ste", "grad_scaling")
+    options = {name: config[name] for name in options} | dict(kind=config["model"], plan=recipes.plan_of(config))
+    model = build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
+    return dataset, model.to(device)
+
+
+def prepare(config, dataset, model):
+    """E-I Init with the first training batch, once, before the first step. A control keeps its |Kaiming| weights."""
+    if config["init"] == "ei":
+        initialize(model, data.first_batch(config, dataset)[0])
 
 
 def reopen(given, folder, free=("data_root",)):

@@ -18,6 +18,7 @@ from ei_init import initialize
 from inhibition import clamp_dale
 from model import PLANS, build
 from support import augment, data, events, recipes
+from support.measure import evaluate
 
 
 def random_events(rng, n=1000):
@@ -388,7 +389,7 @@ def test_a_network_learns_the_direction_of_motion(tmp_path, tonic):
         assert torch.equal(x[y == 0], x[y == 1].flip(1))
     config = dict(seed=0, batch_size=16, epochs=8, lr=0.004, warmup_epochs=1, warmup_from=1e-7)
     model = build("vgg8", d.in_channels, 2, T=T, image_size=16, plan=["P", 32, 32, "P", 32, "P"])
-    initialize(model, train.first_batch(config, d)[0])
+    initialize(model, data.first_batch(config, d)[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4, fused=True)
     step = 0
     for epoch in range(config["epochs"]):
@@ -400,5 +401,5 @@ def test_a_network_learns_the_direction_of_motion(tmp_path, tonic):
             optimizer.step()
             clamp_dale(model)
             step += 1
-    assert train.evaluate(model, d.test_x, d.test_y)[1] >= 0.85
-    assert train.evaluate(model, d.test_x.flip(1), d.test_y)[1] <= 0.15  # backwards in time, down is up
+    assert evaluate(model, d.test_x, d.test_y)[1] >= 0.85
+    assert evaluate(model, d.test_x.flip(1), d.test_y)[1] <= 0.15  # backwards in time, down is up

@@ -11,7 +11,7 @@ import train
 from support import console, data, recipes
 from support.measure import first_nonfinite
 from support.progress import Progress, StopRequest
-from support.runs import Run
+from support.runs import Run, prepare
 
 CONFIG = recipes.settings(recipes.parse(["--T", "2", "--width", "0.1", "--epochs", "1", "--batch-size", "4"]))
 
@@ -22,7 +22,7 @@ def begin(tmp_path):
     dataset = data.Dataset(whole.train_x[:24], whole.train_y[:24], whole.test_x[:8], whole.test_y[:8], 10)
     torch.manual_seed(0)
     model = train.build("vgg8", 1, 10, T=2, width=0.1)
-    train.prepare(CONFIG, dataset, model)
+    prepare(CONFIG, dataset, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     return dataset, model, Progress(Run.create(tmp_path / "r", CONFIG), CONFIG, dataset, model, optimizer)
 

@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, mo
         with torch.no_grad():
             model.encoder.stages[2].circuit.b_e[0] = float("nan")  # as a comparison, u >= theta is False: silence
 
-    monkeypatch.setattr(train, "initialize", poison)
+    monkeypatch.setattr("support.runs.initialize", poison)
     assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "r")]) == 0
     assert "encoder.stages.2.circuit" in capsys.readouterr().out
     result = json.loads((tmp_path / "r" / "result.json").read_text())

@@ -21,7 +21,7 @@ from model import circuits
 from support import data
 from support.history import Trained
 from support.measure import VARIANTS, histograms
-from support.runs import CHECKPOINT, PREVIOUS, Run, _sealed
+from support.runs import CHECKPOINT, PREVIOUS, Run, _sealed, load_data_and_model, prepare
 
 NARROW = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
 
@@ -134,7 +134,7 @@ def test_evolution(suite):
     assert len(rows) == 3 * 5 * 2 * 120
     run = run_of(suite, "ei")
     last = [float(r["density"]) for r in rows if (r["epoch"], r["layer"], r["quantity"]) == ("2", "5", "u")]
-    _, after = train.make(run.config, torch.device("cpu"))
+    _, after = load_data_and_model(run.config, torch.device("cpu"))
     after.load_state_dict(run.run.load()["model"])
     counts = np.array(histograms(after, data.to_input(data.load("digits").test_x))[4]["u"])
     assert last == pytest.approx(list(counts / counts.sum() / 0.1))
@@ -176,8 +176,8 @@ def test_gradients(suite, capsys):
     rows = draw("gradients", suite)
     assert len(rows) == 5 * (3 * 6 + 3 * 5)  # the readout has no g_I, g_E, b_E
     config = run_of(suite, "ei").config
-    dataset, net = train.make(config, torch.device("cpu"))
-    train.prepare(config, dataset, net)
+    dataset, net = load_data_and_model(config, torch.device("cpu"))
+    prepare(config, dataset, net)
     x, y = data.training_batch(config, dataset, data.epoch_order(config, dataset, 0)[0], 0)
     torch.nn.functional.cross_entropy(net(x), y).backward()
     row = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("E-I Prop", "w_ei", "3"))
