@@ -62,14 +62,15 @@ class DANN:
         super().__init__(*args, **options, eps=1e-8)
         d = self.fan_in
         with torch.no_grad():
-            for w in (self.w_ee, self.w_ie):
-                w.exponential_().mul_(math.sqrt(2 * math.pi / (d * (2 * math.pi - 1))))
-            self.w_ei.fill_(1 / self.n_i)
+            for name in self.from_excitatory:  # W_EE, W_IE
+                getattr(self, name).exponential_().mul_(math.sqrt(2 * math.pi / (d * (2 * math.pi - 1))))
+            for name in self.from_inhibitory:  # W_EI
+                getattr(self, name).fill_(1 / self.n_i)
         if not self.readout:
             del self.g_i
             self.alpha = nn.Parameter(torch.full((self.n_i,), 0.5 * math.log((2 * math.pi - 1) / d)))
 
-    def inhibition(self):
+    def inhibitory_parameters(self):
         """W_IE, W_EI and g_I, with the corrected gradients."""
         w_ie = scale_gradient(self.w_ie, 1 / math.sqrt(self.n_e))
         w_ei = scale_gradient(self.w_ei, 1 / self.fan_in)

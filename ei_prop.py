@@ -12,11 +12,11 @@ The circuit divides by I_div, and I_div is exactly 0 where no presynaptic neuron
    I_div itself, and not the one element whose value was used. At silent receptive fields this changes nothing, because
    the gradient to I_div is 0 there (1.). It matters where I_div = 0 although I_EE differs from I_sub, which happens
    when weights or gains are clamped to 0. `visualize.py stabilizer` counts how often that is.
-3. Gradient scaling (`scale_gradient`). The gradient of W_EI is multiplied by 1/d, d being the fan-in of a neuron.
-   Without it W_EI learns much faster than the rest: in the first step of VGG-8 on the digits, plain SGD on W_EI
-   changes I_int 2 to 10 times as much as plain SGD on W_EE does. With 1/d it changes I_int less than W_EE does, in
-   all layers but the first by a factor of more than 100: W_EI is nearly frozen. Without it VGG-8 stays at chance on
-   the digits. The idea comes from DANN.
+3. Gradient scaling (`scale_gradient`). The gradient of W_EI is multiplied by 1/d. Here d is the number of inputs x of
+   an excitatory neuron (its fan-in), not the number of its interneurons. Without it W_EI learns much faster than the
+   rest: in the first step of VGG-8 on the digits, plain SGD on W_EI changes I_int 2 to 10 times as much as plain SGD on
+   W_EE does. With 1/d it changes I_int less than W_EE does, in all layers but the first by a factor of more than 100:
+   W_EI is nearly frozen. Without it VGG-8 stays at chance on the digits. The idea comes from DANN.
 
 `python ei_prop.py` shows all three on one row of numbers.
 """

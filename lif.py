@@ -91,15 +91,27 @@ def membrane_potential(current, tau=2.0, threshold=1.0):
 
 
 class LIF(nn.Module):
-    """`lif` as a layer: I, (T, ...) -> s, (T, ...). No parameters. No state is kept between two calls."""
+    """`lif` as a layer: I, (T, ...) -> s, (T, ...). No parameters. No state is kept between two calls.
+
+    Change the neuron in `simulate`, or here: what looks at the membrane asks `membrane_potential` below.
+    """
 
     def __init__(self, tau=2.0, threshold=1.0, alpha=4.0):
         super().__init__()
         check_neuron(tau, threshold, alpha)
         self.tau, self.threshold, self.alpha = tau, threshold, alpha
 
+    def simulate(self, current):
+        """I, (T, ...) -> lists of u[t] and of s[t], as the function `simulate`."""
+        return simulate(current, self.tau, self.threshold, self.alpha)
+
     def forward(self, current):
-        return lif(current, self.tau, self.threshold, self.alpha)
+        return torch.stack(self.simulate(current)[1])  # s, (T, ...)
+
+    @torch.no_grad()
+    def membrane_potential(self, current):
+        """u before the reset, for looking at: I, (T, ...) -> u, (T, ...)."""
+        return torch.stack(self.simulate(current)[0])
 
     def extra_repr(self):
         return f"tau={self.tau}, threshold={self.threshold}, alpha={self.alpha}"

@@ -29,11 +29,14 @@ PLANS = {
     "vgg11": [64, "P", 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"],
     "vgg16": [64, 64, "P", 128, 128, "P", *[256] * 3, "P", *[512] * 3, "P", *[512] * 3, "P"],
     "vgg19": [64, 64, "P", 128, 128, "P", *[256] * 4, "P", *[512] * 4, "P", *[512] * 4, "P"],
+    "resnet18": [64, 128, 256, 512],  # maps of its stem and four stages
 }
-ARCHS = [*PLANS, "resnet18"]
+ARCHS = list(PLANS)
 KINDS = ["ei", "bn", "plain", "dann"]
 DENSE = dict(ei=EICircuit, bn=bn_dense, plain=plain_dense, dann=DANNCircuit)  # what stands in a layer, by kind
 CONV = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)
+NEURON_OPTIONS = ("tau", "threshold", "alpha")  # see `lif.simulate`; those of the circuits by kind: see `EICircuit`
+CIRCUIT_OPTIONS = dict(ei=("ei_ratio", "eps", "ste", "grad_scaling"), bn=(), plain=(), dann=("ei_ratio",))
 
 
 class Layer(nn.Module):
@@ -114,7 +117,7 @@ class Block(nn.Module):
 class ResNet18(nn.Module):
     """SEW-ResNet-18: stem, four stages of two blocks, global average pooling: (T, B, C, S, S) -> features (T, B, F)."""
 
-    def __init__(self, in_channels, layer, widths=(64, 128, 256, 512)):
+    def __init__(self, widths, in_channels, layer):
         super().__init__()
         self.stem = layer(in_channels, widths[0], 3, padding=1)
         blocks, n_in = [], widths[0]
@@ -134,8 +137,6 @@ class Network(nn.Module):
     forward: images (B, C, S, S), or frames (B, T, C, S, S), intensities or counts >= 0 -> logits (B, classes).
     """
 
-    check_values = True  # a training looks at its numbers by itself
-
     def __init__(self, encoder, readout, T, in_channels, image_size):
         super().__init__()
         self.encoder, self.readout = encoder, readout
@@ -152,123 +153,91 @@ class Network(nn.Module):
     def check(self, x):
         """Refuses what is no input of this network, and says why."""
         image = (self.in_channels, self.image_size, self.image_size)
-        if x.shape[-3:] != image or x.dim() not in (4, 5):
-            single = ": a single image needs a batch axis, x[None]" if x.dim() == 3 else ""
+        shapes = {4: image, 5: (self.T, *image)}  # of a sample, by the number of axes
+        if x.numel() == 0 or x.shape[1:] != shapes.get(x.dim()):
             raise ValueError(
-                f"the network was built for images of {image} (channels, height, width), not {(*x.shape,)}{single}"
+                f"the network takes images (B, *{image}) or frames (B, *{(self.T, *image)}), B at least 1, not "
+                f"{(*x.shape,)}; a single image x is x[None]"
             )
-        if x.dim() == 5 and x.shape[1] != self.T:
-            raise ValueError(f"the network runs for T={self.T} time steps, but the data have {x.shape[1]} frames")
-        if len(x) == 0:
-            raise ValueError("the batch is empty: its first axis has no sample")
-        wanted = next(self.parameters()).dtype
         if not x.is_floating_point():
             raise ValueError(f"the images are {x.dtype}: give intensities in [0, 1], e.g. images.float() / 255")
-        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"the images are {x.dtype}, but the network is {wanted}: convert one of them")
-        if self.check_values and x.device.type == "cpu":  # elsewhere it would wait for the device
-            try:
-                finite, low = bool(x.isfinite().all()), float(x.min())
-            except RuntimeError:  # under torch.func.vmap no value can be looked at
-                return
-            if not finite:
-                raise ValueError("the images have values that are not finite (NaN or infinity)")
-            if low < 0 and circuits(self):
-                raise ValueError(
-                    f"the images have negative values (down to {low:.3g}), as after subtracting a mean: the circuit "
-                    "needs intensities in [0, 1], or it would divide by I_div of any sign"
-                )
+        looks = x.is_cpu and not torch.compiler.is_compiling()  # on a GPU a look at the values would wait for it
+        if looks and circuits(self) and not are_intensities(x.detach()):
+            raise ValueError(
+                "the images have values that are negative, as after subtracting a mean, or not finite: the circuit "
+                "needs intensities in [0, 1], or it would divide by I_div of any sign"
+            )
 
 
-def build(
-    arch,
-    in_channels=3,
-    n_classes=10,
-    T=4,
-    kind="ei",
-    image_size=32,
-    plan=None,
-    width=1.0,
-    tau=2.0,
-    threshold=1.0,
-    alpha=4.0,
-    ei_ratio=4,
-    eps="adaptive",
-    ste=True,
-    grad_scaling=True,
-):
-    """A network of the paper.
+def are_intensities(x):
+    """Whether all values are finite and at least 0. Under torch.func.vmap nobody can look at them: True."""
+    try:
+        return bool(((x >= 0) & (x < torch.inf)).all())
+    except RuntimeError:
+        return True
+
+
+def build(arch, in_channels=3, n_classes=10, T=4, kind="ei", image_size=32, plan=None, width=1.0, **options):
+    """A network of the paper: images (B, C, S, S) or frames (B, T, C, S, S) -> logits (B, n_classes).
+
+    Its E-I circuits are to be initialised by `ei_init.initialize` with the first batch; before that, the layers are
+    silent and learn nothing.
 
     Args:
         arch: one of `ARCHS`: "mlp", "vgg8", "vgg11", "vgg16", "vgg19", "resnet18".
         in_channels, n_classes, T: sizes, at least 1. T is the number of time steps.
-        kind: "ei" (the paper's), "bn" (BN-SNN), "plain" (nothing in place of normalization) or "dann" (E-I circuits
-            without spikes), see `baselines.py`.
-        image_size: side of the square images in pixels; for the VGGs and the ResNet of the paper at least 32.
-        plan: replaces the list of layers, e.g. of a VGG [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"], of an MLP [100].
-        width: multiplies the number of neurons or maps of each layer, which is then at least 4. Positive; 1: the
-            paper's network.
-        tau, threshold, alpha: of all LIF neurons, see `lif.simulate`.
-        ei_ratio: excitatory neurons for each inhibitory one, of "ei" and "dann".
-        eps, ste, grad_scaling: of the circuits of "ei", see `EICircuit`.
-
-    Returns:
-        A module: images (B, C, S, S) or frames (B, T, C, S, S) -> logits (B, n_classes). Its E-I circuits are to be
-        initialised by `ei_init.initialize` with the first batch; before that, the layers are silent and learn nothing.
+        kind: one of `KINDS`: "ei" (the paper's), "bn", "plain" or "dann" (see `baselines.py`).
+        image_size: side of the square images in pixels; for the VGGs of the paper at least 32.
+        plan: replaces the list of layers, e.g. of a VGG [16, "P", 32, "P"], of an MLP [100].
+        width: multiplies the number of neurons or maps of each layer, which is then at least 4.
+        options: tau, threshold, alpha of the LIF neurons (`lif.simulate`); ei_ratio of the circuits of "ei" and "dann";
+            eps, ste, grad_scaling of those of "ei" (`EICircuit`). A kind that has no such thing leaves it aside.
 
     Raises:
-        ValueError: an unknown arch or kind, a size below 1, a plan that is none of this architecture, images too
-            small, a neuron or circuit that cannot be (see `lif.simulate`, `EICircuit`).
+        ValueError: an unknown arch or kind, a size below 1, a plan that is none, images too small for the poolings.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHS)}")
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose from {', '.join(KINDS)}")
+    if arch not in ARCHS or kind not in KINDS:
+        raise ValueError(
+            f"arch is one of {', '.join(ARCHS)} and kind one of {', '.join(KINDS)}, not {arch!r}, {kind!r}"
+        )
     if min(in_channels, n_classes, T, image_size) < 1 or not width > 0:
-        raise ValueError(
-            f"sizes must be at least 1 and the width positive, not in_channels={in_channels}, n_classes={n_classes}, "
-            f"T={T}, image_size={image_size}, width={width}"
-        )
-    needed = 32 if arch == "resnet18" else 2 ** PLANS[arch].count("P")  # each pooling halves the side
-    if plan is None and image_size < needed:
-        raise ValueError(
-            f"images of {image_size}x{image_size} pixels are too small: {arch} needs {needed}x{needed} or more"
-        )
-
-    def maps(n):
-        return n if width == 1 else max(4, round(n * width))
-
-    options = dict(ei_ratio=ei_ratio, eps=eps, ste=ste, grad_scaling=grad_scaling) if kind == "ei" else {}
-    if kind == "dann":
-        options = dict(ei_ratio=ei_ratio)
+        raise ValueError("in_channels, n_classes, T and image_size are at least 1, and width is positive")
+    if unknown := options.keys() - {*NEURON_OPTIONS, *CIRCUIT_OPTIONS["ei"]}:
+        raise TypeError(f"build has no option {min(unknown)!r}")
+    of_neuron = {name: options[name] for name in NEURON_OPTIONS if name in options}
+    of_circuit = {name: options[name] for name in CIRCUIT_OPTIONS[kind] if name in options}
     dense = arch.startswith("mlp")
-    standing = (DENSE if dense else CONV)[kind]
+    circuit_class = (DENSE if dense else CONV)[kind]
 
     def layer(*args, **kwargs):
-        neuron = nn.ReLU() if kind == "dann" else LIF(tau, threshold, alpha)
-        return Layer(standing(*args, **kwargs, **options), neuron)
+        neuron = nn.ReLU() if kind == "dann" else LIF(**of_neuron)
+        return Layer(circuit_class(*args, **kwargs, **of_circuit), neuron)
 
+    plan = scaled_plan(arch, plan, width)
     if arch == "resnet18":
-        if plan is not None:
-            raise ValueError("a plan is a list of layers of a VGG or an MLP; resnet18 takes none")
-        encoder = ResNet18(in_channels, layer, [maps(n) for n in (64, 128, 256, 512)])
+        encoder = ResNet18(plan, in_channels, layer)
+    elif dense:
+        encoder = MLP(plan, in_channels * image_size**2, layer)
     else:
-        plan = PLANS[arch] if plan is None else plan
-        pooling = [] if dense else ["P"]
-        sizes = [n for n in plan if n not in pooling] if isinstance(plan, list | tuple) else []
-        if not sizes or any(type(n) is not int or n < 1 for n in sizes):
-            also = " and P, one of them a size" if pooling else ""
-            raise ValueError(f"a plan of {arch} is a list of layer sizes{also}, not {plan}")
-        plan = [n if n == "P" else maps(n) for n in plan]
-        if dense:
-            encoder = MLP(plan, in_channels * image_size**2, layer)
-        else:
-            encoder = VGG(plan, in_channels, image_size, layer)
+        encoder = VGG(plan, in_channels, image_size, layer)
     if kind in ("ei", "dann"):
-        readout = DENSE[kind](encoder.n_features, n_classes, readout=True, **options)
+        readout = DENSE[kind](encoder.n_features, n_classes, readout=True, **of_circuit)
     else:
         readout = nn.Linear(encoder.n_features, n_classes)
     return Network(encoder, readout, T, in_channels, image_size)
+
+
+def scaled_plan(arch, plan, width):
+    """The list of layers of an architecture, or `plan` in its place, times `width`."""
+    plan = PLANS[arch] if plan is None else plan
+    sizes = [n for n in plan if n != "P"] if isinstance(plan, list | tuple) else []
+    if (
+        not sizes
+        or any(type(n) is not int or n < 1 for n in sizes)
+        or ("P" in plan and arch.startswith(("mlp", "resnet")))
+    ):
+        raise ValueError(f"a plan is a list of layer sizes, of a VGG also of P, not {plan}")
+    return [n if n == "P" or width == 1 else max(4, round(n * width)) for n in plan]
 
 
 def circuits(model):

@@ -1,8 +1,9 @@
-"""Fused forms of the plain equations: the same results with fewer operations. A reader of the paper may skip this file.
+"""Fused forms of the plain equations: the same results with fewer operations.
 
-`accelerate(model, batch)` puts the fused forms in place of the plain ones, after it has compared the two: every output
-and every gradient, module by module. The plain form is the truth. Whoever edits `lif.py` or `inhibition.py` trains what
-they wrote: where the fused form computes something else, one line says so and the plain form stays.
+`accelerate(model)` puts a fused form in the place of a plain one only where the plain text is the one that the fused
+form was proven equal to (tests/test_fast.py). Each function has a fingerprint: a checksum of its syntax tree, without
+comments, docstrings and layout. Whoever edits an equation trains what they wrote: the fingerprint differs, one line
+says so, and the plain form stays.
 
 What is fused:
 - LIF: one loop over time, its backward pass written out; only u is kept for it.
@@ -15,21 +16,35 @@ What is fused:
 - channels last in memory, which is fastest for convolutions on CPUs and GPUs.
 """
 
-import copy
+import ast
 import ctypes
+import hashlib
+import inspect
 import sys
+from functools import lru_cache
+from types import CodeType, FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import ei_prop
-from baselines import DANN, DANNCircuit, DANNCircuit2d
+from baselines import DANNCircuit, DANNCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 from model import MLP, AvgPool, Layer, Network
-from support.measure import hooked
+
+
+def first_derivative_only(backward):
+    """A backward pass written by hand is no part of the graph, so a second derivative through it would be wrong."""
+
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("support/fast.py has first derivatives only; for second ones do not call accelerate")
+        return backward(ctx, *grads)
+
+    return staticmethod(checked)
+
 
 # ---- the LIF neuron --------------------------------------------------------------------------------------------------
 
@@ -54,8 +69,7 @@ class _LIF(torch.autograd.Function):
         ctx.leak, ctx.threshold, ctx.alpha = leak, threshold, alpha
         return spikes
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_spikes):
         (u,) = ctx.saved_tensors
         grad = torch.sub(u, ctx.threshold).mul_(ctx.alpha).sigmoid_()  # sigma; then dL/ds ds/du in its place
@@ -74,22 +88,17 @@ class FastLIF(LIF):
 # ---- the circuit -----------------------------------------------------------------------------------------------------
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w, factor):
-        ctx.factor = factor
-        return w.view_as(w)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
 class _GainControl(torch.autograd.Function):
-    """With q = balanced / I_div, g = dL/dI_int and, straight through, the divisor in place of I_div:
+    """balanced / I_div + b_E, straight through, with I_div = w s_I. With g = dL/dI_int, and the divisor for I_div:
 
-        dL/dbalanced = g / I_div      dL/dI_div = -q g / I_div      dL/ds_I = W^T dL/dI_div      dL/dW = dL/dI_div s_I^T
+        dL/dbalanced = g / I_div         dL/dI_div = -balanced g / I_div^2
+        dL/ds_I = w^T dL/dI_div          dL/dw = dL/dI_div s_I^T
+
+    Args:
+        currents: (N, ..., n_E + n_I), the balanced current g_E (I_EE - I_sub) and s_I of each position, side by side.
+        w: W_EI with g_I in it, (n_E, n_I).
+        b_e: (n_E,).
+        eps: "adaptive", or a number that is added to I_div.
 
     Every position is a row of a matrix. Of the forward pass the input and the divisor are kept.
     """
@@ -98,20 +107,15 @@ class _GainControl(torch.autograd.Function):
     def forward(ctx, currents, w, b_e, eps):
         balanced, s_i = currents.flatten(0, -2).split([w.shape[0], w.shape[1]], 1)
         i_div = s_i @ w.t()
-        if eps in ei_prop.STABILIZERS:
-            maps = i_div.view(*currents.shape[:-1], -1).movedim(-1, 1)  # (N, n_E, ...), as in the plain form
-            borrowed = ei_prop.STABILIZERS[eps](maps)
-            if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
-                torch.maximum(maps, borrowed, out=maps)
-            else:
-                torch.where(maps > 0, maps, borrowed, out=maps)
+        if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
+            sample = i_div.view(len(currents), -1)
+            torch.maximum(sample, ei_prop.smallest_positive(sample), out=sample)
         else:
             i_div += eps
         ctx.save_for_backward(balanced, s_i, i_div, w)
         return torch.addcdiv(b_e, balanced, i_div).view(*currents.shape[:-1], -1)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         balanced, s_i, i_div, w = ctx.saved_tensors
         grad_currents = grad.new_empty(*grad.shape[:-1], sum(w.shape))
@@ -123,46 +127,22 @@ class _GainControl(torch.autograd.Function):
         return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
 
 
-def gain_control(currents, w, b_e, eps="adaptive"):
-    """divide(balanced, w s_I, eps) + b_E in few passes over memory, straight through: I_int.
-
-    Args:
-        currents: (N, ..., n_E + n_I): the balanced current g_E (I_EE - I_sub) and s_I of each position, side by side.
-        w: (n_E, n_I), the synapses of divisive inhibition, W_EI with g_I in it.
-        b_e: (n_E,).
-        eps: as for `ei_prop.stabilize`.
-
-    Returns:
-        (N, ..., n_E).
-    """
-    return _GainControl.apply(currents, w, b_e, eps)
-
-
 class FastCircuit(EICircuit):
-    def fused_inhibition(self):
-        w_ei = _ScaleGradient.apply(self.w_ei, 1 / self.fan_in) if self.grad_scaling else self.w_ei
-        return self.w_ie, w_ei, None if self.readout else self.g_i
-
-    def fused_synapses(self, x, w):
-        currents = self.product(x, w).to(w.dtype)
-        with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
-            currents.mul_(self.is_reached(x).to(currents.dtype))
-        return currents
-
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            w_ie, w_ei, g_i = self.fused_inhibition()
-            w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)
-            if not self.readout:
-                w = self.g_e.view(-1, *[1] * (x.dim() - 1)) * w  # g_E scales what the division scales
-                w = torch.cat([w, w_ie])
-        currents = self.fused_synapses(x, w)  # with torch.autocast in 16 bits, and nothing else
+            w_ie, w_ei, g_i = self.inhibitory_parameters()
+            w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x
+            if not self.readout:  # g_E scales what the division scales
+                w = torch.cat([self.g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
+        currents = self.product(x, w).to(w.dtype)  # with torch.autocast in 16 bits, and nothing else
+        with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
+            currents.mul_(self.is_reached(x).to(currents.dtype))
         if self.readout:
             return currents
         with torch.autocast(x.device.type, enabled=False):
             w_div = w_ei * g_i  # g_I goes with the synapse in place of the activity
-            if self.ste or self.eps not in ei_prop.STABILIZERS:
-                return gain_control(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
+            if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
+                return _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
             balanced, s_i = currents.split([self.n_e, self.n_i], 1)
             b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
             return ei_prop.divide(balanced, self.lateral(w_div, s_i), self.eps, self.ste) + b_e
@@ -185,25 +165,23 @@ def _conv_2x2(x, w):
 
 
 class FastDANNCircuit(DANNCircuit, FastCircuit):
-    def fused_inhibition(self):
-        return self.inhibition()
+    pass
 
 
 class FastDANNCircuit2d(DANNCircuit2d, FastCircuit2d):
-    def fused_inhibition(self):
-        return self.inhibition()
+    pass
 
 
 # ---- layers and networks ---------------------------------------------------------------------------------------------
+
+STEADY = (FastCircuit, nn.Conv2d, nn.Linear)  # what gives the same current for the same image at each time step
 
 
 class FastLayer(Layer):
     def forward(self, x):
         T = len(x)
-        if T == 1 or x.stride(0) != 0:
+        if T == 1 or x.stride(0) != 0 or not isinstance(self.circuit, STEADY):
             return super().forward(x)
-        if isinstance(self.circuit, nn.Sequential):  # BN-SNN counts every time step in its variance
-            return super().forward(torch.cat([x[0]] * T).unflatten(0, x.shape[:2]))  # which keeps the channels last
         # The same input at each step: one step is computed, and then expanded over time. The sum over time, which is
         # the gradient of that, runs fast where the channels are last in memory.
         current = self.circuit(x[0]).movedim(1, -1)
@@ -217,8 +195,7 @@ class _AvgPool(torch.autograd.Function):
         ctx.odd = x.shape[2] % 2, x.shape[3] % 2
         return F.avg_pool2d(x, 2)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         grad = F.interpolate(grad / 4, scale_factor=2, mode="nearest")
         return F.pad(grad, (0, ctx.odd[1], 0, ctx.odd[0])) if any(ctx.odd) else grad  # the last row met no window
@@ -250,177 +227,178 @@ FORMS = {
     DANNCircuit2d: FastDANNCircuit2d,
     AvgPool: FastAvgPool,
     Layer: FastLayer,
-    Network: FastNetwork,
 }
 
-# ---- the proof -------------------------------------------------------------------------------------------------------
+# ---- which text is fused ---------------------------------------------------------------------------------------------
+
+# A checksum of each function that a fused form stands for. After a change of one, tests/test_fast.py says the new one:
+# put it here when the other tests of that file have shown that plain and fused are equal.
+FINGERPRINTS = {
+    "baselines.DANN.__init__": "da4054dce567",
+    "baselines.DANN.inhibitory_parameters": "30182545b180",
+    "ei_prop.divide": "19fcf8e48779",
+    "ei_prop.scale_gradient": "5b5b171c2520",
+    "ei_prop.smallest_positive": "6bebe15ba635",
+    "ei_prop.stabilize": "9d6be9594203",
+    "ei_prop.straight_through": "0826f0058070",
+    "inhibition.EICircuit.__init__": "c8f72c5493ee",
+    "inhibition.EICircuit.currents": "69ccc3c402cd",
+    "inhibition.EICircuit.extra_repr": "6d9cc770cff5",
+    "inhibition.EICircuit.forward": "9eb5b79b662d",
+    "inhibition.EICircuit.inhibitory_parameters": "17622cd6a0b7",
+    "inhibition.EICircuit.is_reached": "52946c844d09",
+    "inhibition.EICircuit.lateral": "03b1740b1f1a",
+    "inhibition.EICircuit.product": "09171db9491e",
+    "inhibition.EICircuit.scaled": "5baa23733963",
+    "inhibition.EICircuit.synapses": "b848e127b27f",
+    "inhibition.EICircuit2d.__init__": "dcf8d1859489",
+    "inhibition.EICircuit2d.is_reached": "130a7f40af8a",
+    "inhibition.EICircuit2d.product": "4309ce30ea80",
+    "lif.LIF.__init__": "3eda42f2017f",
+    "lif.LIF.extra_repr": "4dea997248e9",
+    "lif.LIF.forward": "9ef537752584",
+    "lif.LIF.membrane_potential": "ee5833009f10",
+    "lif.LIF.simulate": "3a04552d3938",
+    "lif.Spike.backward": "75aee6ae5666",
+    "lif.Spike.forward": "9e418c08b983",
+    "lif.Spike.setup_context": "ba32b189598e",
+    "lif.check_neuron": "5c2f6a218fd0",
+    "lif.simulate": "17596fc7bdee",
+    "model.AvgPool.forward": "b49f03c86895",
+    "model.Layer.__init__": "8927d015ea48",
+    "model.Layer.forward": "b4012e9aa5d1",
+}
+CONCEPTS = {name.partition(".")[0] for name in FINGERPRINTS}  # lif, inhibition, ...
 
 
-def accelerate(model, batch):
-    """Puts the fused forms in the place of the plain ones, where both compute the same.
-
-    To be called after `initialize`, with the network on its device. Parameters, names and the state_dict stay as they
-    are, and no random number of torch's global generator is drawn.
-
-    Args:
-        model: a network of `model.build`, changed in place.
-        batch: the first training batch, images (B, C, S, S) or frames (B, T, C, S, S); a few samples of it are used.
-
-    Returns:
-        The names of the files that compute something else than this file does: a set, usually empty. Each is printed in
-        one line, and what it computes is left in its plain form.
-    """
-    device = next(model.parameters()).device
-    if device.type not in ("cpu", "cuda"):  # on others (Apple's MPS) the fused forms were never run
-        return set()
-    with torch.autocast(device.type, enabled=False):
-        differing = compare(model, batch)
-    for file in sorted(differing):
-        print(f"{file} computes something else than support/fast.py: its plain form is used, which is slower")
-    for module in model.modules():
-        if type(module) in FORMS and not differing.intersection(files_of(module)):
-            module.__class__ = FORMS[type(module)]
-    return differing
+def normal_form(node):
+    """A syntax tree as nested tuples without docstrings and empty fields: the same in every version of Python."""
+    if isinstance(node, list):
+        return tuple(map(normal_form, node))
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    kept = [(key, normal_form(value)) for key, value in fields.items() if value not in (None, []) and key != "kind"]
+    return type(node).__name__, *sorted(kept)
 
 
-def files_of(module):
-    """The concept files that say what a module computes, the one that says most first."""
-    if isinstance(module, EICircuit):
-        return ("baselines.py" if isinstance(module, DANN) else "inhibition.py"), "ei_prop.py"
-    return ("lif.py",) if isinstance(module, LIF) else ("model.py",)
+def same_code(a, b):
+    """Whether two code objects do the same; where they stand in a file does not count."""
+    if (a.co_code, a.co_names, len(a.co_consts)) != (b.co_code, b.co_names, len(b.co_consts)):
+        return False
+    pairs = zip(a.co_consts, b.co_consts, strict=True)
+    return all(same_code(c, d) if isinstance(c, CodeType) else repr(c) == repr(d) for c, d in pairs)
 
 
-@torch.no_grad()
-def inputs_of(model, batch):
-    """The input of the first module of each kind when the network runs on a batch: {module: input}.
-
-    Modules of one class are of the same kind if they have the same options; the number of maps is no matter. Maps of
-    2x2 positions have a fused form of their own.
-    """
-    found, seen = {}, set()
-
-    def note(module, args):
-        sizes = ("n_e", "n_i", "fan_in", "training")
-        options = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in sizes}
-        kind = (type(module), str(options), args[0].shape[-2:] == (2, 2))
-        if kind not in seen:
-            seen.add(kind)
-            found[module] = args[0]
-
-    with hooked(model, [m.register_forward_pre_hook(note) for m in model.modules() if type(m) in FORMS]):
-        model(batch)
+@lru_cache
+def definitions(text):
+    """The functions in the text of a file: (name, first line) -> (syntax tree, code)."""
+    codes, left, found = {}, [compile(text, "", "exec", dont_inherit=True)], {}
+    while left:
+        code = left.pop()
+        codes[code.co_name, code.co_firstlineno] = code
+        left += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            found[node.name, first] = node, codes[node.name, first]
     return found
 
 
-def compare(model, batch):
-    """The files that compute something else than the fused forms, see `accelerate`.
+def fingerprint(function):
+    """A checksum of the syntax tree of a function as it is loaded, without comments, docstrings and layout.
 
-    Each pair gets the same input and the same incoming gradient, so that a spike that rounding flips does not spread
-    from layer to layer. They are compared in float64. The weights are varied, for E-I Init makes many of them equal,
-    which would hide differences; some inputs and weights are set to 0, so that zeros of I_div occur.
+    Returns:
+        None if its text cannot be read, or is not what runs: the file has changed since, or something wraps it.
     """
-    device, dtype = next(model.parameters()).device, torch.float64
-    generator = torch.Generator().manual_seed(0)
+    loaded = inspect.unwrap(function)
+    try:
+        text = "".join(inspect.findsource(loaded)[0])
+        tree, code = definitions(text)[loaded.__name__, loaded.__code__.co_firstlineno]
+    except (OSError, TypeError, SyntaxError, KeyError):
+        return None
+    wrapped = function is not loaded and not tree.decorator_list
+    if wrapped or not same_code(code, loaded.__code__):
+        return None
+    return hashlib.sha256(repr(normal_form(tree)).encode()).hexdigest()[:12]
 
-    def rand(*shape):
-        return torch.rand(shape, generator=generator, dtype=dtype).to(device)
 
-    differing = set()
-    circuits = [m for m in model.modules() if isinstance(m, EICircuit)]
-    if circuits and not ei_prop_is_same(circuits[0], rand):
-        differing.add("ei_prop.py")
-    for module, x in inputs_of(model, batch[:2]).items():
-        if differing.intersection(files_of(module)) or isinstance(
-            module, Network
-        ):  # whose fused form computes the same
+def functions_of(thing, place):
+    """All functions that a class or a function leads to, but those of libraries: {"lif.simulate": the function, ...}.
+
+    place: the name under which `thing` was found. It counts where that comes from no concept file.
+    """
+    found, left = {}, [(thing, place)]
+    while left:
+        thing, place = left.pop()
+        home = thing.__module__.partition(".")[0]
+        if home in ("torch", "builtins", "math"):
             continue
-        plain = vary(copy.deepcopy(module).to(dtype), rand)
-        fast = copy.deepcopy(plain)
-        fast.__class__ = FORMS[type(module)]
-        x = x.to(dtype)
-        if isinstance(module, EICircuit):
-            x = x[[0, len(x) // 2, -1]]  # time steps and samples: one as it is, one half silent, one silent
-            x[1, ..., x.shape[-1] // 2 :] = 0
-            x[2] = 0
-            probes = [x]
-        elif isinstance(module, LIF):  # potentials around the threshold, also exactly on it
-            threshold = getattr(module, "threshold", 1.0)
-            at_threshold = torch.linspace(-2, 2, 257, dtype=dtype, device=device)[None] * threshold
-            probes = [x[:, :1], (4 * rand(len(x), 500) - 1) * threshold, at_threshold]
-        elif isinstance(module, Layer):  # a still image, without a time axis
-            probes = [x[0]]
+        name = f"{home}.{thing.__qualname__}" if home in CONCEPTS else place
+        if isinstance(thing, type):
+            members = {**{base.__name__: base for base in thing.__bases__}, **vars(thing)}
+            parts = [(getattr(member, "__func__", member), f"{name}.{key}") for key, member in members.items()]
+        elif name in found:
+            continue
         else:
-            probes = [x[:2]]
-        still = isinstance(module, Layer)
-        if not all(same(plain, fast, probe, rand, still) for probe in probes):
-            differing.add(files_of(module)[0])
-    return differing
+            found[name] = thing
+            code, scope = inspect.unwrap(thing).__code__, inspect.unwrap(thing).__globals__
+            parts = [(scope[key], f"{scope['__name__']}.{key}") for key in code.co_names if key in scope]
+        left += [(part, place) for part, place in parts if isinstance(part, FunctionType | type)]
+    return found
 
 
-@torch.no_grad()
-def vary(module, rand):
-    """The same module with other parameters."""
-    for p in module.parameters():
-        p.mul_(0.5 + rand(*p.shape))
-        if not p.any():  # b_E
-            p.add_(rand(*p.shape) - 0.5)
-    for circuit in module.modules():
-        # Synapses that Dale's law has set to 0: I_div = 0 although I_EE differs from I_sub. A fixed eps, 1e-8, would
-        # divide by almost nothing there, and beside such a current a difference elsewhere would look like rounding.
-        if isinstance(circuit, EICircuit) and circuit.eps in ei_prop.STABILIZERS:
-            circuit.w_ei[0] = 0
-    return module
+def edited(module):
+    """The functions of a module that are not those that its fused form was written for: a set of names."""
+    kind = type(module)
+    if kind not in FORMS:  # a subclass
+        return {f"{base.__module__}.{base.__name__}" for base in kind.__mro__ if base in FORMS}
+    found = functions_of(kind, "")
+    if isinstance(module, EICircuit) and module.eps == "adaptive":
+        found |= functions_of(ei_prop.STABILIZERS["adaptive"], "ei_prop.STABILIZERS")
+    classes = tuple(f"{base.__module__}.{base.__name__}." for base in kind.__mro__)
+    expected = {name for name in FINGERPRINTS if name.startswith(classes)}
+    own = {
+        f"{kind.__module__}.{kind.__name__}.{name}"
+        for name in vars(module)
+        if isinstance(vars(module)[name], FunctionType)
+    }
+    return own | {
+        name
+        for name in expected | found.keys()
+        if name not in found or fingerprint(found[name]) != FINGERPRINTS.get(name)
+    }
 
 
-def same(plain, fast, x, rand, still=False):
-    """Whether two forms of a function have the same output and the same gradients, to x and to their parameters.
+def accelerate(model, batch=None):
+    """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
 
-    still: x has no time axis, and is the same in two time steps.
+    To be called with the network on its device. Parameters, names and the state_dict stay as they are, and no random
+    number is drawn.
+
+    Args:
+        model: a network of `model.build`, changed in place.
+
+    Returns:
+        The functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
+        computes is left in its plain form.
     """
-    results, grad = [], None
-    for form in (plain, fast):
-        parameters = list(form.parameters()) if isinstance(form, nn.Module) else []
-        leaf = x.detach().clone().requires_grad_()
-        try:
-            with torch.enable_grad():
-                out = form(leaf.expand(2, *x.shape) if still else leaf)
-                grad = rand(*out.shape) - 0.5 if grad is None else grad
-                gradients = torch.autograd.grad(out, [leaf, *parameters], grad, materialize_grads=True)
-        except Exception:  # the fused form lacks something, or the plain one takes no such probe: they differ
-            return False
-        results.append([out.detach(), *gradients])
-    for a, b in zip(*results, strict=True):
-        if a.shape != b.shape:
-            return False
-        if not ((a - b).abs() <= 1e-6 * a.abs() + 1e-9 * a.square().mean().sqrt()).all():
-            return False
-    return True
-
-
-def ei_prop_is_same(circuit, rand):
-    """The functions of `ei_prop.py` beside those that stand in their place here."""
-    n, n_e = 4, 6
-    x = rand(n, 2 * n_e, 5)  # I_EE - I_sub and I_div
-    x[:, n_e:] *= 10 ** (-9 * rand(n, n_e, 5))  # of all sizes
-    x[:, n_e:] *= rand(n, 1, 5) < 0.7
-    x[0, n_e:] = 0  # a silent sample
-    identity, zero = torch.eye(n_e).to(x), torch.zeros(n_e).to(x)
-
-    def plain(x):
-        return ei_prop.divide(x[:, :n_e], x[:, n_e:], circuit.eps, circuit.ste)
-
-    def fast(x):
-        if not circuit.ste and circuit.eps in ei_prop.STABILIZERS:
-            return plain(x)  # there is no fused form of that
-        return gain_control(x.movedim(1, -1), identity, zero, circuit.eps).movedim(-1, 1)
-
-    def plain_scale(x):
-        return ei_prop.scale_gradient(x, 0.25)
-
-    def fast_scale(x):
-        return _ScaleGradient.apply(x, 0.25)
-
-    return same(plain, fast, x, rand) and same(plain_scale, fast_scale, x, rand)
+    if next(model.parameters()).device.type not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
+        return set()
+    differing = set()
+    for module in model.modules():
+        if type(module) is Network:
+            module.__class__ = FastNetwork  # which runs the plain text
+        elif isinstance(module, tuple(FORMS)) and not isinstance(module, tuple(FORMS.values())):
+            names = edited(module)
+            differing |= names
+            if not names:
+                module.__class__ = FORMS[type(module)]
+    for file, function in sorted(name.split(".", 1) for name in differing):
+        print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
+    return differing
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

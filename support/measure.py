@@ -12,7 +12,7 @@ from torch import nn
 
 from baselines import DANN
 from inhibition import EICircuit
-from lif import LIF, membrane_potential
+from lif import LIF
 from model import circuits, layers
 from support import data, parallel, recipes
 
@@ -71,7 +71,7 @@ def inhibitory(circuit):
     """How many interneurons a circuit has at each position: the rows of all weights from x to interneurons."""
     if not isinstance(circuit, EICircuit):
         return 0
-    names = [name for name, _ in circuit.named_parameters() if name.startswith("w_") and name.endswith("e")]
+    names = circuit.from_excitatory
     return sum(len(getattr(circuit, name)) for name in names if name != "w_ee")
 
 
@@ -122,7 +122,7 @@ def observe(model, x, see):
     """
 
     def hook(neuron, args, spikes, i):
-        u = membrane_potential(args[0], neuron.tau, neuron.threshold) if isinstance(neuron, LIF) else args[0]
+        u = neuron.membrane_potential(args[0]) if isinstance(neuron, LIF) else args[0]
         see(i, args[0], u, spikes)
 
     neurons = [layer.neuron for layer in layers(model)]

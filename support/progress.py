@@ -136,13 +136,9 @@ class Progress:
 
     def epochs(self):
         """The epochs that are left, from 0, until the end or until the training has to stop."""
-        self.model.check_values = False  # `add` does that, and names the layer
-        try:
-            with StopRequest() as self.stop:
-                while self.step < self.config["epochs"] * self.steps_per_epoch and not self.over:
-                    yield self.step // self.steps_per_epoch
-        finally:
-            self.model.check_values = True
+        with StopRequest() as self.stop:
+            while self.step < self.config["epochs"] * self.steps_per_epoch and not self.over:
+                yield self.step // self.steps_per_epoch
 
     def batches(self, epoch):
         """The steps that are left of an epoch: the number of the step, and its input and labels, on the device.

@@ -143,7 +143,7 @@ def test_a_relu_on_the_interneurons_unbalances_the_gradient_to_x(steps):
 
     def with_relu(step, subtractive, divisive):
         circuit, leaf = step.circuit, step.x.clone().requires_grad_()
-        w_ie, w_ei, g_i = circuit.inhibition()
+        w_ie, w_ei, g_i = circuit.inhibitory_parameters()
         g_i, g_e, b_e = (p.view(-1, 1, 1) for p in (g_i, circuit.g_e, circuit.b_e))
         i_ee, i_ie = circuit.synapses(leaf, circuit.w_ee), circuit.synapses(leaf, w_ie)
         i_sub = circuit.lateral(w_ei, i_ie.relu() if subtractive else i_ie)
