@@ -265,14 +265,17 @@ def _decoded(root, train, test, classes, shape, decode):
         except Exception:  # there is none, or it is damaged
             print(f"decoding {len(files):,} files of {root} ...", flush=True)
             x = torch.stack(list(pool.map(decode_or_say_which, files))).numpy()
+            part = root / f"{cache}-{os.getpid()}"
             try:
                 for old in root.glob(f"{cache}[-.]*"):
                     old.unlink()
-                with open(root / f"{cache}-{os.getpid()}", "wb") as file:
+                with open(part, "wb") as file:
                     np.savez(file, x=x)
-                os.replace(file.name, root / f"{cache}-{key}.npz")  # whole or not at all
+                os.replace(part, root / f"{cache}-{key}.npz")  # whole or not at all
             except OSError as error:
                 print(f"what was decoded cannot be kept in {root} ({error}): going on without")
+                with suppress(OSError):
+                    part.unlink()
     x, y = torch.from_numpy(x), torch.tensor([classes.index(name) for _, name in train + test])
     return x[: len(train)], y[: len(train)], x[len(train) :], y[len(train) :], classes
 
