@@ -36,16 +36,16 @@ def recordings(name, root, size, T):
     folder = root / kind.__name__
     # Unless its archives lie beside what was unpacked from them, tonic starts a long download: read what is there.
     local = type(kind.__name__, (kind,), {"_check_exists": lambda self: True})
+    names = dict(enumerate(kind.classes))
     try:
         sets = [local(str(root), **split) for split in splits]
+        found = [[(file, names[i]) for file, i in sorted(zip(part.data, part.targets, strict=True))] for part in sets]
     except (ValueError, KeyError) as error:  # folders and files are named by user, light and class
         raise ValueError(f"{folder} has something in it that is not of {kind.__name__}: {error}") from None
     if not all(map(len, sets)):
         calls = "; ".join(f"{kind.__name__}({str(root)!r}{', train=False' * i})" for i in range(len(sets)))
         how = f'python -c "from tonic.datasets import {kind.__name__}; {calls}"'
         raise ValueError(f"no recordings of {name} in {folder}: let tonic download and unpack them, with {how}")
-    classes = list(kind.classes)
-    found = [[(file, classes[i]) for file, i in sorted(zip(part.data, part.targets, strict=True))] for part in sets]
     if not gesture:  # no official split: a tenth of each class is the test set, drawn once for all
         found = train_test_split(found[0], test_size=0.1, stratify=[name for _, name in found[0]], random_state=0)
     weights = area_weights(size)
@@ -60,7 +60,7 @@ def recordings(name, root, size, T):
         smallest = next(t for t in (torch.uint8, torch.int16, torch.int32) if frames.max() <= torch.iinfo(t).max)
         return frames.to(smallest)
 
-    return folder, *found, classes, decode
+    return folder, *found, list(kind.classes), decode
 
 
 def count(x, y, p, t, T):
