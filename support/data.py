@@ -190,6 +190,7 @@ def images(own, root, size, T):
     classes = sorted({name for _, name in train})
     test = root / "test"
     if (root / "val").is_dir() and not any(normalize("NFC", entry.name) in classes for entry in test.glob("*")):
+        print(f"the test set is in {root / 'val'}, since there is no class folder in {test}")
         test = root / "val"
     return *_decoded(root, train, _listing(test), classes, (3, size, size), partial(_decode, size=size)), own
 
@@ -300,7 +301,9 @@ def identity(dataset):
 
 def differences(before, now, but=()):
     """How two of `identity` differ, in words, "" if they do not; `but`: what may differ, "train", "test", "shape"."""
-    words = dict(classes="the classes have other names or another order", shape="a sample has another shape")
+    names = [", ".join(of["classes"])[:80] for of in (before, now)]
+    words = dict(classes=f"the classes have other names or another order, {names[0]} before and {names[1]} now")
+    words |= dict(shape=f"a sample had the shape {before['shape']} and has now {now['shape']}")
     words |= dict(train="the training set has other contents", test="the test set has other contents")
     return "; ".join(words[key] for key in words if before[key] != now[key] and key not in but)
 

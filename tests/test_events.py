@@ -250,6 +250,6 @@ def test_a_network_learns_the_direction_of_motion(tmp_path):
     assert train.main([*options.split(), "--data-root", str(tmp_path), "--out", str(tmp_path / "r")]) == 0
     with open(tmp_path / "r" / "metrics.csv") as file:
         best = max(float(row["test_accuracy"]) for row in csv.DictReader(file))
-    assert best >= 0.85  # of 64: by chance once in 1e8 tests
+    assert best >= 0.85  # of 64: by chance less than once in a million trainings
     d = data.load("dvs-gesture", tmp_path, 16, T=8)
     assert torch.equal(d.test_x[d.test_y == 0], d.test_x[d.test_y == 1].flip(1)) and d.chance == 0.5
