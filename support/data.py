@@ -54,7 +54,10 @@ class Dataset:
         self.train_x, self.train_y = self._checked("training", self.train_x, self.train_y)
         self.test_x, self.test_y = self._checked("test", self.test_x, self.test_y)
         if self.train_x.shape[1:] != self.test_x.shape[1:]:
-            raise ValueError(f"training and test samples differ: {self.train_x.shape[1:]} and {self.test_x.shape[1:]}")
+            shapes = [tuple(x.shape[1:]) for x in (self.train_x, self.test_x)]
+            raise ValueError(
+                f"training samples have the shape {shapes[0]}, test samples {shapes[1]}; expected the same"
+            )
         if isinstance(self.augment, str):
             names = ("none", "cifar") if self.train_x.dim() == 4 else ("none", "gesture", "cifar10-dvs")
             if self.augment not in names:

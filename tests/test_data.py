@@ -244,7 +244,7 @@ def test_one_s_own_data_may_be_of_any_type_of_whole_numbers(kind):
         (dict(train_x=torch.zeros(4, 2, 2, 3).byte()), r"\(4, 2, 2, 3\)"),
         (dict(train_x=["a.png", "b.png"]), "not given as tensors or arrays"),
         (dict(test_x=X[:0], test_y=Y[:0]), r"test set is torch.uint8 \(0, 1, 2, 2\)"),
-        (dict(test_x=torch.zeros(4, 1, 3, 3).byte()), r"samples differ: .*1, 2, 2.* and .*1, 3, 3"),
+        (dict(test_x=torch.zeros(4, 1, 3, 3).byte()), r"training samples have .*1, 2, 2.*, test samples .*1, 3, 3"),
         (dict(train_y=torch.tensor([0, 1, 2, 0])), "labels from 0 to 2; .*from 0 to 1"),
         (dict(train_y=Y[:, None]), r"labels torch.int64 \(4, 1\)"),
         (dict(train_y=Y.float()), "labels torch.float32"),
