@@ -55,9 +55,7 @@ class Dataset:
         self.test_x, self.test_y = self._checked("test", self.test_x, self.test_y)
         if self.train_x.shape[1:] != self.test_x.shape[1:]:
             shapes = [tuple(x.shape[1:]) for x in (self.train_x, self.test_x)]
-            raise ValueError(
-                f"training samples have the shape {shapes[0]}, test samples {shapes[1]}; expected the same"
-            )
+            raise ValueError(f"training samples have the shape {shapes[0]}, test samples {shapes[1]}: make them alike")
         if isinstance(self.augment, str):
             names = ("none", "cifar") if self.train_x.dim() == 4 else ("none", "gesture", "cifar10-dvs")
             if self.augment not in names:
