@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ei_prop import STABILIZERS
 from model import ARCHS, KINDS
+from support.augment import AUGMENTATIONS
 from support.data import LOADERS
 
 # Each row says what differs from the rows above it, for the data, architectures and kinds of network that it names;
@@ -48,7 +49,7 @@ MOMENTUM = 0.9
 # The paper's method, nothing left out and nothing changed.
 FULL = dict(kind="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
-DATA = dict(data="digits", data_root="./data")
+DATA = dict(data="digits", data_root="./data", augment="auto")
 WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | DATA | dict(seed=0, precision="float32")
 WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
 
@@ -171,6 +172,8 @@ def add_settings(p):
     p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
+    names = ["auto", *AUGMENTATIONS]
+    p.add_argument("--augment", choices=names, help="of training data (auto: the paper's; of a folder none)")
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
     p.add_argument("--width", type=times, help="multiplies the number of maps of each layer (1)")
     p.add_argument("--ei-ratio", type=count, help="excitatory neurons for each inhibitory one (4)")
