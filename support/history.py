@@ -45,7 +45,7 @@ class Trained:
 
     def has(self, key):
         """Whether this kind of network has a setting at all: BN-SNN has no interneurons, DANN no membrane."""
-        return key not in LACKS.get(self.config["model"], ())
+        return key not in LACKS.get(self.config["kind"], ())
 
     def unusual(self):
         """The number of epochs, and what else of the training is not as the table of recipes has it: a dict."""
@@ -204,7 +204,7 @@ def usual_settings(args, shown=None):
         configs = [run.config for run in trained_runs(args)]
         config = min(configs, key=lambda c: KINDS.index(c["model"]))  # an E-I SNN if there is one
         keys = [*CHOICES, "data_root", "image_size", "batch_size"]
-        keys += ["T"] * (config["model"] != "dann")  # DANN has no time
+        keys += ["T"] * (config["kind"] != "dann")  # DANN has no time
         given = {key: config[key] for key in keys}
     except Missing:
         given = {key: getattr(args, key) for key in (*CHOICES, "data_root")}

@@ -14,7 +14,7 @@ from baselines import DANN
 from inhibition import EICircuit
 from lif import LIF
 from model import circuits, layers
-from support import data, parallel, recipes
+from support import data, parallel
 
 
 @contextmanager
@@ -101,13 +101,12 @@ def describe(model):
 
 
 def header(config, dataset, model, device):
-    """Says what runs: device, data, network and its size, the row of the table of recipes, and every setting."""
+    """Says what runs: device, data, network and its size, and every setting."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
-    row = recipes.recipe(config["data"], config["arch"], config["model"])
     print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
-    print(f"network   {config['arch']} {config['model']}: {describe(model)}")
-    print(f"recipe    {', '.join(row[:3])}\nsettings ", *values, flush=True)
+    print(f"network   {config['arch']} {config['kind']}: {describe(model)}")
+    print("settings ", *values, flush=True)
 
 
 # ---- currents and potentials -----------------------------------------------------------------------------------------
