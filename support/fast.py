@@ -13,7 +13,7 @@ What is fused:
 - a 3x3 convolution of 2x2 maps, with which a VGG ends, as one matrix product.
 - a still image passes the first circuit once, not T times.
 - average pooling that does not keep its input, the spikes of a layer, for the backward pass.
-- channels last in memory, which is fastest for convolutions on CPUs and GPUs.
+- channels last in memory, which is fastest for convolutions.
 """
 
 import ast
@@ -32,7 +32,7 @@ import ei_prop
 from baselines import DANNCircuit, DANNCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
-from model import MLP, AvgPool, Layer, Network
+from model import AvgPool, Layer
 
 
 def first_derivative_only(backward):
@@ -179,14 +179,18 @@ STEADY = (FastCircuit, nn.Conv2d, nn.Linear)  # what gives the same current for 
 
 class FastLayer(Layer):
     def forward(self, x):
-        T = len(x)
-        if T == 1 or x.stride(0) != 0 or not isinstance(self.circuit, STEADY):
-            return super().forward(x)
-        # The same input at each step: one step is computed, and then expanded over time. The sum over time, which is
-        # the gradient of that, runs fast where the channels are last in memory.
-        current = self.circuit(x[0]).movedim(1, -1)
-        current = current.expand(T, *current.shape).movedim(-1, 2)
-        return self.neuron(current)
+        T, B = x.shape[:2]
+        still = T > 1 and x.stride(0) == 0  # an image that is the same at each time step
+        x = (x[:1] if still else x).flatten(0, 1)  # (B, ...) or (T B, ...)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if still and isinstance(self.circuit, STEADY):
+            # One step is computed, and then expanded over time. The sum over time, which is the gradient of that, runs
+            # fast where the channels are last in memory.
+            current = self.circuit(x).movedim(1, -1)
+            return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
+        x = torch.cat([x] * T) if still else x  # BN-SNN counts every time step in its variance
+        return self.neuron(self.circuit(x).unflatten(0, (T, B)))
 
 
 class _AvgPool(torch.autograd.Function):
@@ -204,19 +208,6 @@ class _AvgPool(torch.autograd.Function):
 class FastAvgPool(AvgPool):
     def forward(self, x):
         return _AvgPool.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-class FastNetwork(Network):
-    def forward(self, x):
-        if isinstance(self.encoder, MLP):
-            return super().forward(x)
-        if x.dim() == 4:  # channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif x.dim() == 5:  # the T B frames one after another
-            frames = x.transpose(0, 1)
-            merged = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            x = merged.unflatten(0, frames.shape[:2]).transpose(0, 1)
-        return super().forward(x)
 
 
 FORMS = {
@@ -389,9 +380,7 @@ def accelerate(model, batch=None):
         return set()
     differing = set()
     for module in model.modules():
-        if type(module) is Network:
-            module.__class__ = FastNetwork  # which runs the plain text
-        elif isinstance(module, tuple(FORMS)) and not isinstance(module, tuple(FORMS.values())):
+        if isinstance(module, tuple(FORMS)) and not isinstance(module, tuple(FORMS.values())):
             names = edited(module)
             differing |= names
             if not names:

@@ -16,21 +16,22 @@ from model import ARCHS, KINDS
 from support.data import LOADERS
 
 # Each row says what differs from the rows above it, for the data, architectures and kinds of network that it names;
-# "*" is all. The learning rate rises linearly from `warmup_from` to `lr` in the first part of the training, `warmup`,
-# then falls along a cosine to 0, by iteration. So a training of fewer epochs is the same schedule in proportion.
+# "*" is all. The learning rate rises linearly from `warmup_from` to `lr` in the first part of the training, one epoch in
+# `warmup_1_in` (0: in none), then falls along a cosine to 0, by iteration. So a training of fewer epochs is the same
+# schedule in proportion.
 RECIPES = [
-    ("*", "*", "*", dict(epochs=300, batch_size=128, lr=0.001, warmup=1 / 10, warmup_from=1e-7)),
+    ("*", "*", "*", dict(epochs=300, batch_size=128, lr=0.001, warmup_1_in=10, warmup_from=1e-7)),
     ("*", "*", "*", dict(weight_decay=5e-4, clip_norm=0.0, T=4, image_size=32)),
-    ("*", "*", "bn", dict(lr=0.1, warmup=0, weight_decay=1e-4)),
-    ("*", "*", "plain", dict(lr=0.1, warmup=0)),
+    ("*", "*", "bn", dict(lr=0.1, warmup_1_in=0, weight_decay=1e-4)),
+    ("*", "*", "plain", dict(lr=0.1, warmup_1_in=0)),
     # DANN has no time, so T = 1. Its division has a gradient of 1 / x, and ReLUs send x as small as one likes: clipped.
     ("*", "*", "dann", dict(lr=0.02, T=1, clip_norm=1.0)),
-    ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup=1 / 30)),
-    ("*", "mlp vgg8 vgg11", "dann", dict(warmup=1 / 30)),
-    ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup=1 / 30, warmup_from=1e-3)),
+    ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup_1_in=30)),
+    ("*", "mlp vgg8 vgg11", "dann", dict(warmup_1_in=30)),
+    ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup_1_in=30, warmup_from=1e-3)),
     ("cifar10-dvs dvs-gesture", "*", "*", dict(batch_size=32, image_size=48)),
-    ("cifar10-dvs dvs-gesture", "*", "ei", dict(lr=0.001, warmup=1 / 30)),
-    ("cifar10-dvs dvs-gesture", "*", "dann", dict(warmup=1 / 30)),
+    ("cifar10-dvs dvs-gesture", "*", "ei", dict(lr=0.001, warmup_1_in=30)),
+    ("cifar10-dvs dvs-gesture", "*", "dann", dict(warmup_1_in=30)),
     ("cifar10-dvs", "*", "ei bn plain", dict(T=10)),
     ("dvs-gesture", "*", "ei bn plain", dict(T=16)),
     # The digits and (Fashion-)MNIST are not in the paper: short trainings. Nobody has run those of MNIST yet.
@@ -86,10 +87,11 @@ def settings(args):
     if kind in ("bn", "plain") and config["ei_ratio"] != NEURONS["ei_ratio"]:
         raise ValueError(f"--ei-ratio is of E-I circuits: --kind {kind} has none")
     config.update(recipe(config["data"], config["arch"], kind))
-    share = config.pop("warmup")
+    one_in = config.pop("warmup_1_in")
+    config["warmup_epochs"] = 0.0
     config.update(given)
-    if "warmup_epochs" not in given:
-        config["warmup_epochs"] = round(share * config["epochs"], 6)
+    if one_in and "warmup_epochs" not in given:
+        config["warmup_epochs"] = config["epochs"] / one_in
     if config["warmup_epochs"] > config["epochs"]:
         raise ValueError(
             f"a warm-up of {config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}: give "
