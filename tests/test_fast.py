@@ -40,13 +40,14 @@ def fused(module):
 
 
 def results(form, x):
-    """The output of a module, dL/dx and dL/d of each parameter, with a random dL/d output. What is the same at each
-    step is x[0], without a copy; its gradient is summed over time."""
+    """The output of a module, dL/dx and dL/d of each parameter with a random dL/d output, and the running statistics.
+    What is the same at each step is x[0], without a copy; its gradient is summed over time."""
     still = x.stride(0) == 0 and len(x) > 1
     leaf = (x[0] if still else x).detach().clone().requires_grad_()
     out = form(leaf.expand(x.shape) if still else leaf)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype).to(out)
-    return [out, *torch.autograd.grad(out, [leaf, *form.parameters()], grad, materialize_grads=True)]
+    gradients = torch.autograd.grad(out, [leaf, *form.parameters()], grad, materialize_grads=True)
+    return [out, *gradients, *(buffer.double() for buffer in form.buffers())]
 
 
 def assert_equal(module, x):
