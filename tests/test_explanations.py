@@ -187,16 +187,6 @@ def test_without_one_over_d_w_ei_learns_faster_and_with_it_hardly_at_all(two_dra
     assert 0.4 < scaled[0] < 0.8 and max(scaled[1:]) < 1 / 100, scaled
 
 
-def test_the_readout_only_subtracts():
-    circuit = EICircuit(20, 8, readout=True)
-    x = torch.rand(5, 20)
-    found = circuit.currents(x)
-    assert set(found) == {"i_ee", "i_ie", "i_sub", "i_int"}
-    assert torch.equal(found["i_int"], found["i_ee"] - found["i_sub"])
-    assert set(dict(circuit.named_parameters())) == {"w_ee", "w_ie", "w_ei"}
-    torch.testing.assert_close(circuit(2 * x), 2 * circuit(x))  # it does not divide
-
-
 def test_the_circuit_that_divides_does_not_see_the_contrast():
     circuit, x = EICircuit(20, 8), torch.rand(5, 20)
     torch.testing.assert_close(circuit(2 * x), circuit(x))

@@ -88,9 +88,9 @@ def largest(i_div):
     return torch.where(found > 0, found, torch.inf)
 
 
-# Pooling of odd sizes, 11 -> 5 -> 2; at the end maps of 2x2. A ResNet has strides of 2 and 1x1 kernels.
+# Pooling of odd sizes, 11 -> 5 -> 2; at the end maps of 2x2. A ResNet has strides of 2 and 1x1 kernels, also there.
 SIZES = dict(mlp=dict(plan=[12, 8], image_size=5), vgg8=dict(plan=[5, "P", 8, "P", 9], image_size=11))
-SIZES["resnet18"] = dict(width=0.08, image_size=9)
+SIZES["resnet18"] = dict(width=0.08, image_size=5)
 OPTIONS = [dict(frames=True), dict(T=1), dict(eps=1e-8), dict(eps=1e-3), dict(eps=1e-3, ste=False), dict(ste=False)]
 OPTIONS += [dict(grad_scaling=False), dict(ei_ratio=8), dict(ei_ratio=1000), dict(tau=1.0), dict(eps="largest")]
 OPTIONS += [dict(tau=5.0, threshold=0.3, alpha=1.0), dict(eps="largest", ste=False, frames=True)]

@@ -128,11 +128,6 @@ def test_ste_reaches_the_division(kind, ste):
     assert max(relative_error(a, b) for a, b in zip(other, found[0], strict=True)) > 0.01
 
 
-def test_a_dense_circuit_knows_silent_samples():
-    x = torch.tensor([[0.0, 0, 0], [0, 0.1, 0]])
-    assert EICircuit(3, 8).is_reached(x).tolist() == [[False], [True]] and EICircuit.needs_batch
-
-
 def test_currents_are_the_equations_by_hand():
     circuit = EICircuit(3, 2)  # one inhibitory neuron
     with torch.no_grad():
@@ -156,7 +151,7 @@ def test_shapes_are_those_of_the_design(kind):
     shapes = {name: tuple(p.shape) for name, p in circuit.named_parameters()}
     assert shapes == dict(w_ee=(10, *fan_in), w_ie=(2, *fan_in), w_ei=(10, 2), g_i=(2,), g_e=(10,), b_e=(10,))
     assert EICircuit(5, 3).n_i == 1 and EICircuit(5, 12, ei_ratio=3).n_i == 4
-    assert set(dict(EICircuit(5, 8, readout=True).named_parameters())) == {"w_ee", "w_ie", "w_ei"}
+    assert list(dict(EICircuit(5, 8, readout=True).named_parameters())) == ["w_ee", "w_ie", "w_ei"]
 
 
 def test_a_silent_sample_gets_b_e_even_where_excitation_is_left():
@@ -165,29 +160,6 @@ def test_a_silent_sample_gets_b_e_even_where_excitation_is_left():
         circuit.g_i.zero_()  # no divisive inhibition at all, as Dale's clamp may leave it
     out = circuit(x)
     assert torch.equal(out, circuit.b_e.view(-1, 1, 1).expand_as(out))
-
-
-def test_the_gradient_reaches_x_through_a_silent_position():
-    circuit, _ = circuit_and_input("2d", 0.5)
-    x = torch.zeros(1, 6, 7, 7)
-    x[0, :, :3] = 1  # the last rows see nothing: there s_I = 0, where a ReLU would pass no gradient
-    x.requires_grad_()
-    assert circuit.currents(x)["i_ie"][0, :, 6].eq(0).all()
-    inhibition_only = circuit.currents(x)["i_div"]
-    (grad,) = torch.autograd.grad(inhibition_only[0, :, 6].sum(), x)
-    assert (grad[0, :, 6] > 0).all()
-    (grad,) = torch.autograd.grad(circuit(x)[0, :, 6].sum(), x)
-    assert grad[0, :, 6].ne(0).all()
-
-
-def test_gradient_scaling_is_one_over_the_fan_in():
-    scaled, x = circuit_and_input("2d", 0.5)
-    unscaled = EICircuit2d(6, 8, 3, padding=1, grad_scaling=False)
-    unscaled.load_state_dict(scaled.state_dict())
-    scaled(x).sum().backward()
-    unscaled(x).sum().backward()
-    torch.testing.assert_close(scaled.w_ei.grad * 54, unscaled.w_ei.grad)
-    torch.testing.assert_close(scaled.w_ie.grad, unscaled.w_ie.grad)
 
 
 def test_clamp_dale():
