@@ -28,8 +28,6 @@ ROOT = Path(__file__).parents[1]
 GPU = pytest.param("cuda", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 DEVICES = pytest.mark.parametrize("device", ["cpu", GPU])
 
-# ---- plain and fused are equal ---------------------------------------------------------------------------------------
-
 
 def fused(module):
     """A copy in which every module has its fused form, whatever its text is."""
@@ -124,9 +122,9 @@ def test_fused_equals_plain(arch, options, device, monkeypatch):
 @pytest.mark.parametrize("T", [1, 2, 5])
 @pytest.mark.parametrize("tau, threshold, alpha", [(1.0, 0.5, 4.0), (2.0, 1.0, 4.0), (5.0, 0.8, 1.5)])
 def test_lif(tau, threshold, alpha, T, still, device):
-    exact = torch.linspace(-2, 2, 257).expand(T, -1) * threshold  # also potentials exactly on the threshold
-    for x in (exact, 3 * torch.randn(1, 2, 4, 5, 3).transpose(2, 4).expand(T, -1, -1, -1, -1)):
-        x = x.double().to(device) if still else x.double().clone().to(device)
+    exact = torch.linspace(-2, 2, 257, device=device) * threshold  # also potentials exactly on the threshold
+    for x in (exact, 3 * torch.randn(2, 4, 5, 3, device=device).transpose(1, 3)):
+        x = x.double().expand(T, *x.shape) if still else torch.stack([x.double()] * T)
         assert_equal(LIF(tau, threshold, alpha), x)
         assert torch.equal(FastLIF(tau, threshold, alpha)(x), LIF(tau, threshold, alpha)(x))
     kept = []
@@ -135,7 +133,7 @@ def test_lif(tau, threshold, alpha, T, still, device):
     assert kept == [x.numel()]  # only the potential
 
 
-@pytest.mark.parametrize("arch", ["mlp", "vgg8"])
+@pytest.mark.parametrize("arch", SIZES)
 def test_a_still_image_passes_the_first_circuit_once(arch):
     for kind in ("ei", "plain", "dann"):  # in BN-SNN the variance counts every time step
         model, sizes = fused(build(arch, kind=kind, T=3, **SIZES[arch])), []
@@ -156,9 +154,6 @@ def test_what_the_fused_forms_cannot_do_is_an_error():
             torch.func.grad(lambda x, form=form: form(x).square().sum())(x)
 
 
-# ---- accelerate ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", SIZES)
 def test_accelerate_changes_nothing_but_the_forms(arch, kind, capsys):
@@ -172,16 +167,12 @@ def test_accelerate_changes_nothing_but_the_forms(arch, kind, capsys):
     for (name, value), (same_name, kept) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
         assert name == same_name and torch.equal(value, kept)
     assert not any(type(m) in FORMS for m in copy.deepcopy(model).modules())
-    assert accelerate(model) == set()  # again: nothing is left to do
-
-
-# ---- no edit is ignored ----------------------------------------------------------------------------------------------
 
 
 def test_prove_it_and_renew_the_fingerprint():
-    found = fast.functions_of(ei_prop.STABILIZERS["adaptive"], "")
-    for form in FORMS:
-        found |= fast.functions_of(form, "")
+    found = {}
+    for thing in (*FORMS, ei_prop.STABILIZERS["adaptive"]):
+        found |= fast.functions_of(thing, "")
     now = {name: fast.fingerprint(function) for name, function in found.items()}
     changed = [name for name in sorted({*now, *FINGERPRINTS}) if now.get(name) != FINGERPRINTS.get(name)]
     lines = [f'    "{name}": "{now[name]}",' if name in now else f"    {name} is gone" for name in changed]
@@ -198,9 +189,8 @@ EI, DANN, CONV = {"EICircuit", "EICircuit2d"}, {"DANNCircuit", "DANNCircuit2d"},
 def left_plain(fast, capsys, change=lambda modules: None):
     """What `accelerate` prints for one module of each class, and which of them stay plain."""
     make = {form.__name__: form for form in fast.FORMS}
-    dense, conv = (make[name](3, 8) for name in ("EICircuit", "DANNCircuit")), ("EICircuit2d", "DANNCircuit2d")
-    modules = nn.ModuleList([*dense, *(make[name](3, 8, 3) for name in conv), make["LIF"](), make["AvgPool"]()])
-    modules.append(make["Layer"](nn.Identity(), nn.Identity()))
+    sizes = dict(LIF=(), AvgPool=(), Layer=(nn.Identity(), nn.Identity()), EICircuit=(3, 8), DANNCircuit=(3, 8))
+    modules = nn.ModuleList([form(*sizes.get(name, (3, 8, 3))) for name, form in make.items()])
     change(modules)
     fast.accelerate(modules)
     plain = {type(m).__name__ for m in modules if not isinstance(m, tuple(fast.FORMS.values()))}
@@ -230,10 +220,9 @@ def copied(tmp_path, monkeypatch):
 
 # file, function, text, its replacement, what stays plain
 EDITS = [
-    ("lif", "simulate", "s.detach()) + i_t  #", "s.detach()) + i_t; u = u.clamp(min=-5)  #", {"LIF"}),
+    ("lif", "simulate", ") + i_t  #", ") + i_t; u = u.clamp(min=-5)  #", {"LIF"}),
     ("lif", "Spike.backward", "sigma * (1 - sigma), None", "((u - ctx.threshold).abs() < 0.5), None", {"LIF"}),
     ("lif", "Spike.forward", "u >= threshold", "u > threshold", {"LIF"}),
-    ("lif", "LIF.__init__", "= tau, threshold, alpha", "= 1.0 * tau, threshold, alpha", {"LIF"}),
     ("ei_prop", "divide", "return current /", "return 2 * current /", EI | DANN),
     ("ei_prop", "stabilize", "i_div > 0, i_div", "i_div > 1e-6, i_div", EI | DANN),
     ("ei_prop", "smallest_positive", "return positive.amin(", "return positive.clamp(min=1e-9).amin(", EI),
@@ -260,14 +249,6 @@ def test_an_edit_of_a_file_is_named_and_stays_plain(file, function, old, new, pl
     assert left_plain(edited, capsys) == (says(file, function), plain)
     shutil.copy(ROOT / f"{file}.py", tmp_path)  # changed back on disk, but what is loaded is the edited one
     assert left_plain(edited, capsys) == (says(file, function), plain)
-
-
-def test_a_clamped_potential_is_what_trains(copied):
-    edited = copied(lambda name, text: text.replace("s.detach()) + i_t", "s.detach()).clamp(min=-0.25) + i_t"))
-    neurons = nn.Sequential(edited.LIF(), nn.Linear(1, 1))
-    edited.accelerate(neurons)
-    current = torch.tensor([-8.0, 1.5])
-    assert neurons[0](current).tolist() == [0, 1] and FastLIF()(current).tolist() == [0, 0]
 
 
 def test_comments_docstrings_and_layout_change_nothing(copied, capsys):
