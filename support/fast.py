@@ -32,7 +32,7 @@ import ei_prop
 from baselines import DANNCircuit, DANNCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
-from model import AvgPool, Layer
+from model import AvgPool, Layer, Network
 
 
 def first_derivative_only(backward):
@@ -190,7 +190,10 @@ class FastLayer(Layer):
             current = self.circuit(x).movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
         x = torch.cat([x] * T) if still else x  # BN-SNN counts every time step in its variance
-        return self.neuron(self.circuit(x).unflatten(0, (T, B)))
+        for part in self.circuit if isinstance(self.circuit, nn.Sequential) else [self.circuit]:
+            x = part(x)
+            x = x.float() if x.dtype == torch.bfloat16 else x  # normalization and membrane have 32 bits
+        return self.neuron(x.unflatten(0, (T, B)))
 
 
 class _AvgPool(torch.autograd.Function):
@@ -208,6 +211,14 @@ class _AvgPool(torch.autograd.Function):
 class FastAvgPool(AvgPool):
     def forward(self, x):
         return _AvgPool.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Bfloat16Network(Network):
+    """Convolutions and matrix products in 16 bits, in which spikes are exact; all else as it is."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).float()
 
 
 FORMS = {
@@ -363,7 +374,7 @@ def edited(module):
     }
 
 
-def accelerate(model, batch=None):
+def accelerate(model, batch=None, precision="float32"):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
 
     To be called with the network on its device. Parameters, names and the state_dict stay as they are, and no random
@@ -371,12 +382,15 @@ def accelerate(model, batch=None):
 
     Args:
         model: a network of `model.build`, changed in place.
+        batch: is not looked at.
+        precision: "bf16": convolutions and matrix products in bfloat16.
 
     Returns:
         The functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
         computes is left in its plain form.
     """
-    if next(model.parameters()).device.type not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
+    device = next(model.parameters()).device.type
+    if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
     differing = set()
     for module in model.modules():
@@ -387,7 +401,20 @@ def accelerate(model, batch=None):
                 module.__class__ = FORMS[type(module)]
     for file, function in sorted(name.split(".", 1) for name in differing):
         print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
+    if precision == "bf16" and type(model) is Network:
+        model.__class__ = Bfloat16Network
+        if device == "cpu" and not has_bfloat16():
+            print("--precision bf16: this processor has no instructions for it, so a step takes about X times as long")
     return differing
+
+
+def has_bfloat16():
+    """Whether the processor computes in bfloat16, as far as Linux tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "bf16" in file.read()
+    except OSError:
+        return False
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
