@@ -5,6 +5,9 @@ dL/dI_int of that step, and is computed alone in float64 (every eighth sample of
 the same image at each time step; it is computed once, with the sum of its gradients over time.
 """
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +188,18 @@ def test_without_one_over_d_w_ei_learns_faster_and_with_it_hardly_at_all(two_dra
     torch.testing.assert_close(step.gradients()["w_ei"], grads["w_ei"] / d)
     assert 1.5 < min(moved) < 2.5 and 11 < max(moved) < 13, moved
     assert 0.4 < scaled[0] < 0.8 and max(scaled[1:]) < 1 / 100, scaled
+
+
+def test_the_figures_show_what_the_docstrings_say():
+    def column(file, name, **where):
+        with open(Path(__file__).parents[1] / "figures" / file, encoding="utf-8") as lines:
+            return [float(row[name]) for row in csv.DictReader(lines) if where.items() <= row.items()]
+
+    stds = column("init.csv", "std", init="E-I Init")  # VGG-8 and VGG-19
+    assert len(stds) == 5 + 16 and (round(min(stds), 2), round(max(stds), 2)) == (0.69, 1.40)
+    unscaled = column("ablation.csv", "test_accuracy", run="no gradient scaling")
+    assert len(unscaled) == 6 and max(unscaled) < 0.11  # at chance
+    assert max(column("ablation.csv", "test_accuracy", run="all of it")) > 0.9
 
 
 def test_the_circuit_that_divides_does_not_see_the_contrast():
