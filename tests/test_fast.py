@@ -222,7 +222,6 @@ def copied(tmp_path, monkeypatch):
 EDITS = [
     ("lif", "simulate", ") + i_t  #", ") + i_t; u = u.clamp(min=-5)  #", {"LIF"}),
     ("lif", "Spike.backward", "sigma * (1 - sigma), None", "((u - ctx.threshold).abs() < 0.5), None", {"LIF"}),
-    ("lif", "Spike.forward", "u >= threshold", "u > threshold", {"LIF"}),
     ("ei_prop", "divide", "return current /", "return 2 * current /", EI | DANN),
     ("ei_prop", "stabilize", "i_div > 0, i_div", "i_div > 1e-6, i_div", EI | DANN),
     ("ei_prop", "smallest_positive", "return positive.amin(", "return positive.clamp(min=1e-9).amin(", EI),
@@ -267,7 +266,8 @@ def wrapped(function):
 
 
 def unreadable():
-    exec("def function(x, *_):\n    return 0 * x", space := {})
+    space = {}
+    exec("def function(x, *_):\n    return 0 * x", space)
     return space["function"]
 
 
