@@ -1,5 +1,6 @@
-"""What several tests share: golden files, relative error."""
+"""What several tests share: golden files, relative error, what a concept file prints."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,17 @@ def golden(name):
 def relative_error(a, b):
     """Norm of the difference beside the norm of b."""
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def demonstration(capsys):
+    """A function: what `python lif.py` and its like print."""
+
+    def printed(file):
+        runpy.run_path(str(Path(__file__).parents[1] / file), run_name="__main__")
+        return capsys.readouterr().out
+
+    return printed
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import torch
 from baselines import DANNCircuit, DANNCircuit2d, bn_conv, bn_dense, plain_conv, plain_dense
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
-from model import build, circuits
+from model import build
 
 
 def rectified(*shape):
@@ -89,18 +89,13 @@ def test_dann_computes_cornford_s_equation_with_corrected_gradients():
         torch.testing.assert_close(getattr(circuit, name).grad, factor * plain.grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["vgg8", "vgg11", "vgg16", "vgg19"])
-def test_dann_keeps_dale_s_law_and_leaves_alpha_free(arch):
-    model = build(arch, in_channels=1, T=1, kind="dann", plan=None, width=0.25)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = [c.alpha.detach().clone() for c in circuits(model)[:-1]]
-    for _ in range(2):
-        torch.nn.functional.cross_entropy(model(torch.rand(4, 1, 32, 32)), torch.arange(4)).backward()
-        optimizer.step()
-        clamp_dale(model)
-    for circuit in circuits(model):
-        assert all((getattr(circuit, name) >= 0).all() for name in ("w_ee", "w_ie", "w_ei"))
-    assert any((c.alpha < b).any() for c, b in zip(circuits(model), before, strict=False))  # negative steps survive
+def test_dann_keeps_dale_s_law_and_leaves_alpha_free():
+    circuit = DANNCircuit2d(3, 8, 3)
+    with torch.no_grad():
+        for p in circuit.parameters():
+            p.fill_(-1)
+    clamp_dale(circuit)
+    assert all((p == (-1 if name in ("alpha", "b_e") else 0)).all() for name, p in circuit.named_parameters())
 
 
 def test_dann_is_not_touched_by_ei_init_and_has_no_spikes():
@@ -124,9 +119,8 @@ def test_sizes_strides_and_weights_of_the_rivals(make):
     torch.manual_seed(3)
     layer = make(64, 128, 3, stride=2, padding=1)
     conv = layer[0] if make is bn_conv else layer
-    assert (
-        layer(torch.rand(2, 64, 9, 9)).shape == (2, 128, 5, 5) and make(4, 8, 3)(torch.rand(1, 4, 5, 5)).shape[2] == 3
-    )
+    assert layer(torch.rand(2, 64, 9, 9)).shape == (2, 128, 5, 5)
+    assert make(4, 8, 3)(torch.rand(2, 4, 5, 5)).shape == (2, 8, 3, 3)
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
     assert conv.weight.mean().abs() < 0.001 and (conv.weight < 0).any()
     torch.manual_seed(3)
@@ -134,9 +128,5 @@ def test_sizes_strides_and_weights_of_the_rivals(make):
     assert torch.equal(conv.weight, torch.nn.init.kaiming_normal_(torch.empty(128, 64, 3, 3)))
     if make is bn_conv:
         assert conv.bias is None and layer[1].num_features == 128 and (layer[1].weight == 1).all()
-
-
-def test_plain_is_a_convolution_with_kaiming_s_weights():
-    layer = plain_conv(64, 128, 3, padding=1)
-    assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
-    assert not layer.bias.any()
+    else:
+        assert not conv.bias.any()

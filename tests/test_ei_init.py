@@ -1,7 +1,4 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,31 +32,29 @@ def statistics(model, run):
 
 
 @pytest.mark.parametrize("images", ["digits", "random"])
-@pytest.mark.parametrize("arch", ["vgg8", "vgg16"])
-def test_every_layer_is_normalized_and_alive(arch, images):
+def test_every_layer_is_normalized_and_alive(images):
     # With n_I interneurons the mean of I_int over a batch varies from draw to draw of the weights, about
     # sqrt(1 / n_E + 1 / n_I) E[x] / sqrt(E[x^2] + Var[x]), 0.1 to 0.2 here; what E-I Init centres is its expectation.
     batch, draws = batch_of(images), []
-    for _ in range(12 if arch == "vgg8" else 8):
-        model = build(arch, in_channels=batch.shape[1], T=2 if arch == "vgg8" else 1)
+    for _ in range(8):
+        model = build("vgg8", in_channels=batch.shape[1], T=1)
         # each layer is initialised before it runs, and sees what it would see in the initialised network
         means, stds, rates = statistics(model, lambda model=model: initialize(model, batch))
-        assert ((stds > 0.5) & (stds < 2)).all(), stds
-        assert (rates > 0.01).all(), rates
+        assert ((stds > 0.5) & (stds < 1.6)).all() and (rates > 0.02).all(), (stds, rates)
         draws.append(means)
     mean, spread = torch.stack(draws).mean(0).abs(), torch.stack(draws).std(0)
-    assert mean[0] < 0.5 and (mean[1:] < 0.15).all(), mean  # the fan-in of the first is only 9 or 27
-    assert (spread < 0.3).all(), spread
+    assert (mean[:2] < 0.25).all() and (mean[2:] < 0.1).all(), mean
+    assert (spread[:2] > 0.06).all() and (spread[:2] < 0.3).all() and (spread[2:] < 0.2).all(), spread
 
 
 @pytest.mark.parametrize("images", ["digits", "random"])
-@pytest.mark.parametrize("arch", ["vgg8", "vgg16"])
-def test_kaiming_weights_do_not(arch, images):
+def test_deep_networks_are_alive_and_with_kaiming_s_weights_silent(images):
     batch = batch_of(images)
-    model = build(arch, in_channels=batch.shape[1])  # |Kaiming| is what a circuit starts with
+    model = build("vgg16", in_channels=batch.shape[1], T=1, width=0.5)  # |Kaiming| is what a circuit starts with
     _, stds, rates = statistics(model, lambda: model(batch))
-    assert rates[-1] < 0.001, rates  # the deep layers are silent
-    assert stds[-1] < 0.5
+    assert rates[-1] < 0.001 and stds[-1] < 0.5, (rates, stds)
+    _, stds, rates = statistics(model, lambda: initialize(model, batch))
+    assert ((stds > 0.3) & (stds < 1.6)).all() and (rates > 0.01).all(), (stds, rates)
 
 
 def test_the_gain_is_the_paper_s_for_bernoulli_spikes():
@@ -80,28 +75,16 @@ def test_static_images_count_at_every_time_step():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("arch", ["vgg8", "resnet18"])
-def test_is_an_explicit_call_and_leaves_nothing_behind(arch):
-    model = build(arch, in_channels=1, width=0.25)
-    batch = torch.rand(2, 1, 32, 32)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    model(batch)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    initialize(model, batch)
-    after = {k: v.clone() for k, v in model.state_dict().items()}
-    model(batch)
-    assert all(torch.equal(v, after[k]) for k, v in model.state_dict().items())
-    assert not torch.equal(before["readout.w_ee"], after["readout.w_ee"])
+def test_is_an_explicit_call():
+    model, batch = build("resnet18", in_channels=1, width=0.1), torch.rand(2, 1, 32, 32)
+    for call in (lambda: None, lambda: initialize(model, batch)):
+        call()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        model(batch)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_a_silent_batch_names_the_layer():
-    with pytest.raises(ValueError, match=r"layer encoder\.stages\.0\.circuit: .*silent"):
-        initialize(build("vgg8"), torch.zeros(4, 3, 32, 32))
-
-
-def test_a_constant_batch_or_a_single_sample_is_refused():
-    with pytest.raises(ValueError, match="same in every sample"):
-        ei_init(EICircuit(5, 8), torch.ones(4, 5))
+def test_a_single_sample_is_refused():
     with pytest.raises(ValueError, match="batch of at least 2"):
         ei_init(EICircuit(5, 8), torch.rand(1, 5))
     # T time steps of one image are not several samples
@@ -129,29 +112,23 @@ def test_input_that_is_no_activity_is_refused(value, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         ei_init(circuit, x)
     assert all(torch.equal(v, before[k]) for k, v in circuit.state_dict().items())
-    network = build("vgg8", plan=NARROW)
-    with pytest.raises(ValueError, match=r"^the images have .*(negative values|not finite)"):
-        initialize(network, x)
-    network.check_values = False
-    with pytest.raises(ValueError, match=rf"^layer encoder\.stages\.0\.circuit: {message}"):
-        initialize(network, x)
+    with pytest.raises(ValueError, match=r"^the images have values that are negative, .*, or not finite"):
+        initialize(build("vgg8", plan=NARROW), x)
 
 
-def test_a_refusal_leaves_no_hook():
-    model = build("vgg8", plan=NARROW)
-    with pytest.raises(ValueError):
-        initialize(model, torch.zeros(4, 3, 32, 32))
-    assert not any(m._forward_pre_hooks for m in model.modules())
+def test_a_silent_and_a_constant_input_are_named_and_leave_no_hook():
+    silent = r"the input of the layer is silent \(E\[x\] = 0\), so E-I Init has nothing to scale to$"
+    constant = r"the input of the layer is the same in every sample \(Var\[x\] = 0\), so all weights would be 0; "
+    constant += "the likely cause is the layer before it"
+    for x, message in ((torch.zeros(4, 3, 32, 32), silent), (torch.rand(1, 3, 32, 32).expand(4, 3, 32, 32), constant)):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            ei_init(EICircuit2d(3, 8, 3), x)
+        model = build("vgg8", plan=NARROW)
+        with pytest.raises(ValueError, match=rf"^layer encoder\.stages\.0\.circuit: {message}"):
+            initialize(model, x)
+        assert not any(m._forward_pre_hooks for m in model.modules())
     initialize(model, torch.rand(4, 3, 32, 32))
     assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_the_messages_of_a_silent_and_a_constant_input():
-    silent = r"^the input of the layer is silent \(E\[x\] = 0\), so E-I Init has nothing to scale to$"
-    with pytest.raises(ValueError, match=silent):
-        ei_init(EICircuit(5, 8), torch.zeros(4, 5))
-    with pytest.raises(ValueError, match=r"^the input of the layer is the same in every sample \(Var\[x\] = 0\)"):
-        ei_init(EICircuit(5, 8), torch.rand(1, 5).expand(4, 5))
 
 
 @pytest.mark.parametrize("readout", [False, True])
@@ -159,10 +136,7 @@ def test_the_messages_of_a_silent_and_a_constant_input():
 def test_the_statistics_are_those_of_the_equations(kind, readout):
     shape = (30, 6) if kind == "dense" else (30, 6, 4, 4)
     x = torch.rand(shape) * torch.linspace(0.1, 2, 6).view(-1, *[1] * (len(shape) - 2))  # features of unequal size
-    make = dict(
-        dense=lambda: EICircuit(6, 6000, readout=readout), **{"2d": lambda: EICircuit2d(6, 6000, 3, readout=readout)}
-    )
-    circuit = make[kind]()
+    circuit = EICircuit(6, 6000, 4, readout) if kind == "dense" else EICircuit2d(6, 6000, 3, readout=readout)
     with torch.no_grad():
         for p in circuit.parameters():
             p.fill_(-3)  # nothing of what stood there before is left
@@ -189,12 +163,6 @@ def test_another_initialisation_can_be_given():
     initialize(model, torch.rand(3, 3, 32, 32), init=lambda circuit, x: seen.append((circuit, len(x))))
     assert [c for c, _ in seen] == circuits(model) and [n for _, n in seen] == [6] * 4  # T B each
 
-    def refuse(circuit, x):
-        raise ValueError("not this one") if circuit.readout else None
-
-    with pytest.raises(ValueError, match=r"^layer readout: not this one$"):
-        initialize(model, torch.rand(3, 3, 32, 32), init=lambda c, x: refuse(c, x) if c.readout else ei_init(c, x))
-
 
 def test_each_layer_sees_what_the_initialised_ones_send():
     model, x = build("vgg8", in_channels=1, plan=NARROW, T=2), torch.rand(6, 1, 32, 32)
@@ -209,15 +177,13 @@ def test_each_layer_sees_what_the_initialised_ones_send():
         assert g == pytest.approx((second.sqrt() / (circuit.fan_in**0.5 * mean)).item(), rel=1e-4)
 
 
-def test_the_demonstration():
-    done = subprocess.run(
-        [sys.executable, "ei_init.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=30
-    )
-    assert done.returncode == 0 and not done.stderr
-    rows = [[float(v) for v in line.split()] for line in done.stdout.splitlines() if line[:1].isdigit()]
+def test_the_demonstration(demonstration):
+    lines = demonstration("ei_init.py").splitlines()
+    rows = [[float(v) for v in line.split()] for line in lines if line[:1].isdigit()]
     assert [row[0] for row in rows] == [1, 2, 3, 4]
     for _, mean, std, rate, kaiming_mean, kaiming_std, kaiming_rate in rows:
-        assert abs(mean) < 0.3 and 0.7 < std < 1.1 and 0.1 < rate < 0.3
+        assert abs(mean) < 0.2 and 0.1 < rate < 0.2
+        assert 0.79 < std < 0.87  # the docstring says: prints 0.81 to 0.85
         assert kaiming_mean < 0.01 and kaiming_std < 0.1 and kaiming_rate == 0
 
 

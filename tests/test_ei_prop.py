@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,11 +12,7 @@ def test_a_zero_borrows_the_smallest_positive_value_of_its_own_sample():
     out = stabilize(I_DIV)
     assert torch.equal(out[0], I_DIV[0])
     assert out[1].tolist() == [[0.5, 0.5], [2.0, 0.5]]
-    assert out[2].isfinite().all() and (out[2] > 0).all()
-    assert torch.equal(out[2], torch.ones(2, 2)) and torch.equal(
-        stabilize(I_DIV, silent=7.0)[2], torch.full((2, 2), 7.0)
-    )
-    assert stabilize(I_DIV, silent=torch.inf)[2].isinf().all()
+    assert (out[2] == 1).all() and (stabilize(I_DIV, silent=7.0)[2] == 7).all()
     assert smallest_positive(I_DIV).tolist() == [[[2]], [[0.5]], [[torch.inf]]]
     for shape in ((3, 4), (3, 2, 2), (3, 2, 1, 2)):
         assert smallest_positive(I_DIV.view(shape)).shape == (3, *[1] * (len(shape) - 1))
@@ -54,7 +46,6 @@ def test_without_ste_the_lender_collects_the_gradient_of_the_borrowers():
 def test_all_samples_silent(ste):
     x = torch.zeros(4, 6, 2, 2, requires_grad=True)
     current = torch.randn(4, 6, 2, 2, requires_grad=True)
-    assert stabilize(x, ste=ste).isfinite().all()
     out = divide(current, x, ste=ste)
     assert torch.equal(out, torch.zeros_like(out))
     out.sum().backward()
@@ -140,12 +131,8 @@ def test_first_and_second_derivatives_of_the_quotient():
     torch.testing.assert_close(torch.autograd.grad(grads[1].sum(), i_div)[0], 2 * current / v**3)
 
 
-def test_the_demonstration():
-    done = subprocess.run(
-        [sys.executable, "ei_prop.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=30
-    )
-    assert done.returncode == 0 and not done.stderr
-    lines = done.stdout.splitlines()
+def test_the_demonstration(demonstration):
+    lines = demonstration("ei_prop.py").splitlines()
     table = lines[lines.index("adaptive, STE") :]
     for i, (divided, balanced_grad, i_div_grad) in enumerate([
         ([2, 0.5, 0.5, 0.5], [0.5, 2, 2, 2], [-0.15, 0, 1.2, -1.6]),
@@ -158,4 +145,4 @@ def test_the_demonstration():
         assert rows[3] == pytest.approx([a / b for a, b in zip(rows[0], divided, strict=True)])
         assert rows[5] == pytest.approx(i_div_grad)
     assert [table[i] for i in (0, 7, 14)] == ["adaptive, STE", "adaptive, no STE", "eps = 1e-8"]
-    assert "forward [1.0, 2.0], dL/dw [0.111" in done.stdout
+    assert lines[-1].startswith("scale_gradient(w, 1/9): forward [1.0, 2.0], dL/dw [0.1111, 0.1111]")

@@ -89,23 +89,23 @@ def test_without_onednn_silent_positions_are_exactly_zero():
 @pytest.mark.parametrize("form", ["plain", "fused"])
 def test_without_onednn_a_network_trains(form):
     """Two classes of sparse images. With the noise taken for I_div currents reach 1e12, and the loss stays at ln 2."""
-    y = torch.arange(64) % 2
-    x = torch.zeros(64, 1, 32, 32)
-    for i in range(64):
-        x[i, 0, 4:10, 4:10] = torch.rand(6, 6)
-        x[i, 0, 20 * (i % 2) : 20 * (i % 2) + 8, 20:28] = torch.rand(8, 8)
+    y = torch.arange(32) % 2
+    x = torch.zeros(32, 1, 24, 24)
+    for i in range(32):
+        x[i, 0, 4:8, 4:8] = torch.rand(4, 4)
+        x[i, 0, 16 * (i % 2) : 16 * (i % 2) + 6, 16:22] = torch.rand(6, 6)
     losses, largest = {}, []
     for onednn in (True, False):
         torch.manual_seed(0)
         with torch.backends.mkldnn.flags(enabled=onednn):
-            model = build("vgg8", in_channels=1, n_classes=2, T=2, plan=[16, "P", 32, "P", 32, "P"])
+            model = build("vgg8", in_channels=1, n_classes=2, T=2, image_size=24, plan=[16, "P", 32, "P", 32, "P"])
             initialize(model, x)
             if form == "fused":
-                assert accelerate(model, x) == set()
+                assert accelerate(model) == set()
             for circuit in circuits(model)[:-1]:
                 circuit.register_forward_hook(lambda _, __, i_int: largest.append(i_int.abs().max().item()))
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-            for _ in range(12):
+            for _ in range(8):
                 loss = F.cross_entropy(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -113,7 +113,7 @@ def test_without_onednn_a_network_trains(form):
                 clamp_dale(model)
         losses[onednn] = loss.item()
     assert max(largest) < 1000
-    assert losses[False] < 0.2 and losses[False] == pytest.approx(losses[True], abs=0.05)
+    assert losses[False] < 0.3 and losses[False] == pytest.approx(losses[True], abs=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,9 +1,12 @@
 """What the docstrings of `ei_prop.py` and `inhibition.py` claim, as numbers.
 
-Measured in the first step of VGG-8 on the first 32 digits, with E-I Init. Each layer gets its input and its incoming
-gradient dL/dI_int of that step, and is computed alone in float64 (every eighth sample of the batch). The first layer
-receives the same image at each time step; it is computed once, with the sum of its gradients over time.
+Measured in the first step of VGG-8 on 32 digits, with E-I Init. Each layer gets its input and its incoming gradient
+dL/dI_int of that step, and is computed alone in float64 (every eighth sample of the batch). The first layer receives
+the same image at each time step; it is computed once, with the sum of its gradients over time.
 """
+
+import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,14 +51,14 @@ class FirstStep:
         return ((after - before).norm() / rate).item()
 
 
-@pytest.fixture(scope="module")
-def steps():
-    torch.manual_seed(0)
+def first_step(seed, first):
+    """The layers in the first step of the network drawn with `seed`, on 32 digits from number `first` on."""
+    torch.manual_seed(seed)
     dataset = data.load("digits")
-    x, y = data.to_input(dataset.train_x[:32]), dataset.train_y[:32]
+    x, y = data.to_input(dataset.train_x[first : first + 32]), dataset.train_y[first : first + 32]
     model, seen = build("vgg8", in_channels=1), []
     initialize(model, x)
-    assert accelerate(model, x) == set()  # only to save time
+    accelerate(model)  # only to save time
 
     def record(circuit, args, i_int):
         i_int.retain_grad()
@@ -64,9 +67,19 @@ def steps():
     with hooked(model, [c.register_forward_hook(record) for c in circuits(model)[:-1]], training=True):
         F.cross_entropy(model(x), y).backward()
     for circuit in circuits(model):
-        circuit.__class__ = PLAIN[type(circuit)]
+        circuit.__class__ = PLAIN.get(type(circuit), type(circuit))
     model.double()
     return [FirstStep(circuit, x, i_int.grad) for circuit, x, i_int in seen]
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return first_step(0, 0)
+
+
+@pytest.fixture(scope="module")
+def two_draws(steps):
+    return steps, first_step(2, 300)
 
 
 def change(a, b):
@@ -122,24 +135,15 @@ def test_ste_matters_where_i_div_is_0_but_i_ee_is_not_i_sub(steps):
         found = step.circuit.currents(step.x)
         zero = found["i_div"] == 0
         unbalanced = (zero & (found["i_ee"] != found["i_sub"])).sum() / zero.sum()
-    assert unbalanced > 0.1
+    assert unbalanced > 0.1, unbalanced
     with_ste, without = step.gradients(), step.gradients(ste=False)
     assert change(without["w_ie"], with_ste["w_ie"]) > 0.01
     with torch.no_grad():
         step.circuit.w_ie.copy_(w_ie)
 
 
-def test_the_gradient_to_i_div_is_0_at_silent_positions_with_any_eps():
-    current = torch.tensor([[0.6, 0.0, 0.4]], requires_grad=True)
-    i_div = torch.tensor([[2.0, 0.0, 0.5]], requires_grad=True)
-    for eps in ("adaptive", 1e-4, 1e-8):
-        to_current, to_i_div = torch.autograd.grad(divide(current, i_div, eps).sum(), (current, i_div))
-        assert to_i_div[0, 1] == 0
-        assert to_current[0, 1].item() == pytest.approx(2 if eps == "adaptive" else 1 / eps)
-
-
-def test_a_relu_on_the_interneurons_unbalances_the_gradient_to_x(steps):
-    """By several times its norm in the first layer, by about its norm in the second; then nothing is silent yet."""
+def test_a_relu_on_the_interneurons_unbalances_the_gradient_to_x(two_draws):
+    """In layer 2 by 0.2 to 1.3 times its norm, in layer 1 by 1.6 to 3.8 times; then nothing is silent yet."""
 
     def with_relu(step, subtractive, divisive):
         circuit, leaf = step.circuit, step.x.clone().requires_grad_()
@@ -152,47 +156,41 @@ def test_a_relu_on_the_interneurons_unbalances_the_gradient_to_x(steps):
         return i_int, torch.autograd.grad(i_int, leaf, step.g)[0]
 
     changes = []
-    for step in steps[:3]:
+    for step in [*two_draws[0][:3], *two_draws[1][:2]]:
         plain, grad = with_relu(step, False, False)
         assert torch.equal(plain, step.circuit(step.x)) and change(step.gradients()["x"], grad) < 1e-12
         relu, cut = with_relu(step, True, True)
         assert torch.equal(relu, plain)  # forward it changes nothing
         assert change(with_relu(step, False, True)[1], grad) < 1e-12  # the divisive path has nothing to lose
-        assert torch.equal(with_relu(step, True, False)[1], cut)
         changes.append(change(cut, grad))
-    assert 2 < changes[0] < 8, changes
-    assert 0.2 < changes[1] < 2, changes
     assert changes[2] == 0
+    assert all(1.6 < c < 4 for c in changes[0::3]), changes
+    assert 0.2 < changes[1] < 0.4 and 0.9 < changes[4] < 1.4, changes  # it depends on the batch and on the weights
 
 
-def test_without_one_over_d_w_ei_learns_faster_and_with_it_hardly_at_all(steps):
-    """Of one step of plain SGD, beside W_EE's of the same layer."""
-    entries, relative, moved, scaled = [], [], [], []
-    for step in steps:
+def test_without_one_over_d_w_ei_learns_faster_and_with_it_hardly_at_all(two_draws):
+    """I_int moves in one step of plain SGD on W_EI, beside one on W_EE: 2 to 12 times as much, or, with 1/d, less."""
+    moved, scaled = [], []
+    for step in [*two_draws[0], two_draws[1][3]]:
         grads, d = step.gradients(grad_scaling=False), step.circuit.fan_in
-        w_ei, w_ee = grads["w_ei"], grads["w_ee"]
-        torch.testing.assert_close(step.gradients()["w_ei"], w_ei / d)
-        entries.append((w_ei.square().mean() / w_ee.square().mean()).sqrt().item())
-        of_weight = [grads[name].norm() / getattr(step.circuit, name).norm() for name in ("w_ei", "w_ee")]
-        relative.append((of_weight[0] / of_weight[1]).item())
-        by_w_ee = step.moved("w_ee", w_ee)
-        moved.append(step.moved("w_ei", w_ei) / by_w_ee)
-        scaled.append(step.moved("w_ei", w_ei / d) / by_w_ee)
-    assert entries == pytest.approx([1.8, 5.2, 10.5, 12.2, 12.3], rel=0.4)  # not d times, which is 9, 576, 1152, ...
-    assert relative == pytest.approx([5.8, 4.9, 12.9, 18.7, 11.3], rel=0.4)
-    assert moved == pytest.approx([6.1, 1.9, 7.5, 10.6, 5.3], rel=0.4)
-    assert min(moved) > 1.3 and max(moved) < 15
-    assert 0.3 < scaled[0] < 1 and all(s < 0.01 for s in scaled[1:])
+        by_w_ee = step.moved("w_ee", grads["w_ee"])
+        moved.append(step.moved("w_ei", grads["w_ei"]) / by_w_ee)
+        scaled.append(step.moved("w_ei", grads["w_ei"] / d) / by_w_ee)
+    torch.testing.assert_close(step.gradients()["w_ei"], grads["w_ei"] / d)
+    assert 1.5 < min(moved) < 2.5 and 11 < max(moved) < 13, moved
+    assert 0.4 < scaled[0] < 0.8 and max(scaled[1:]) < 1 / 100, scaled
 
 
-def test_the_readout_only_subtracts():
-    circuit = EICircuit(20, 8, readout=True)
-    x = torch.rand(5, 20)
-    found = circuit.currents(x)
-    assert set(found) == {"i_ee", "i_ie", "i_sub", "i_int"}
-    assert torch.equal(found["i_int"], found["i_ee"] - found["i_sub"])
-    assert set(dict(circuit.named_parameters())) == {"w_ee", "w_ie", "w_ei"}
-    torch.testing.assert_close(circuit(2 * x), 2 * circuit(x))  # it does not divide
+def test_the_figures_show_what_the_docstrings_say():
+    def column(file, name, **where):
+        with open(Path(__file__).parents[1] / "figures" / file, encoding="utf-8") as lines:
+            return [float(row[name]) for row in csv.DictReader(lines) if where.items() <= row.items()]
+
+    stds = column("init.csv", "std", init="E-I Init")  # VGG-8 and VGG-19
+    assert len(stds) == 5 + 16 and (round(min(stds), 2), round(max(stds), 2)) == (0.69, 1.40)
+    unscaled = column("ablation.csv", "test_accuracy", run="no gradient scaling")
+    assert len(unscaled) == 6 and max(unscaled) < 0.11  # at chance
+    assert max(column("ablation.csv", "test_accuracy", run="all of it")) > 0.9
 
 
 def test_the_circuit_that_divides_does_not_see_the_contrast():

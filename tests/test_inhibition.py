@@ -1,8 +1,5 @@
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +9,6 @@ from conftest import relative_error
 import ei_prop
 from ei_init import ei_init
 from inhibition import EICircuit, EICircuit2d, clamp_dale
-
-SIGNED = {"b_e"}
 
 
 def circuit_and_input(kind, density, **options):
@@ -85,12 +80,7 @@ def test_forward_equals_the_equations(kind, density, readout, options):
 @pytest.mark.parametrize("kernel, stride, padding, size", [(3, 2, 1, 7), (1, 2, 0, 6), (3, 1, 2, 5), (2, 1, 0, 4)])
 def test_strides_paddings_and_kernels(kernel, stride, padding, size):
     circuit = EICircuit2d(3, 8, kernel, stride=stride, padding=padding)
-    assert (circuit.kernel_size, circuit.stride, circuit.padding, circuit.fan_in) == (
-        kernel,
-        stride,
-        padding,
-        3 * kernel**2,
-    )
+    assert (circuit.kernel_size, circuit.stride, circuit.padding) == (kernel, stride, padding)
     x = torch.rand(4, 3, size, size)
     ei_init(circuit, x)
     x = x * (torch.rand_like(x) < 0.1)
@@ -138,23 +128,13 @@ def test_ste_reaches_the_division(kind, ste):
     assert max(relative_error(a, b) for a, b in zip(other, found[0], strict=True)) > 0.01
 
 
-def test_a_dense_circuit_knows_silent_samples():
-    x = torch.tensor([[0.0, 0, 0], [0, 0.1, 0]])
-    assert EICircuit(3, 8).is_reached(x).tolist() == [[False], [True]] and EICircuit.needs_batch
-
-
 def test_currents_are_the_equations_by_hand():
     circuit = EICircuit(3, 2)  # one inhibitory neuron
     with torch.no_grad():
-        for name, value in dict(
-            w_ee=[[1.0, 2, 3], [4, 5, 6]],
-            w_ie=[[1.0, 1, 0]],
-            w_ei=[[1.0], [0.5]],
-            g_i=[2.0],
-            g_e=[1.0, 3.0],
-            b_e=[0.0, 1],
-        ).items():
-            getattr(circuit, name).copy_(torch.tensor(value))
+        for p, value in zip(circuit.parameters(), [
+            [[1.0, 2, 3], [4, 5, 6]], [[1.0, 1, 0]], [[1.0], [0.5]], [2.0], [1.0, 3.0], [0.0, 1]
+        ], strict=True):  # fmt: skip
+            p.copy_(torch.tensor(value))
     got = circuit.currents(torch.tensor([[1.0, 0.5, 0]]))
     assert got["i_ee"].tolist() == [[2, 6.5]]
     assert got["i_ie"].tolist() == [[1.5]]
@@ -171,7 +151,7 @@ def test_shapes_are_those_of_the_design(kind):
     shapes = {name: tuple(p.shape) for name, p in circuit.named_parameters()}
     assert shapes == dict(w_ee=(10, *fan_in), w_ie=(2, *fan_in), w_ei=(10, 2), g_i=(2,), g_e=(10,), b_e=(10,))
     assert EICircuit(5, 3).n_i == 1 and EICircuit(5, 12, ei_ratio=3).n_i == 4
-    assert set(dict(EICircuit(5, 8, readout=True).named_parameters())) == {"w_ee", "w_ie", "w_ei"}
+    assert list(dict(EICircuit(5, 8, readout=True).named_parameters())) == ["w_ee", "w_ie", "w_ei"]
 
 
 def test_a_silent_sample_gets_b_e_even_where_excitation_is_left():
@@ -182,29 +162,6 @@ def test_a_silent_sample_gets_b_e_even_where_excitation_is_left():
     assert torch.equal(out, circuit.b_e.view(-1, 1, 1).expand_as(out))
 
 
-def test_the_gradient_reaches_x_through_a_silent_position():
-    circuit, _ = circuit_and_input("2d", 0.5)
-    x = torch.zeros(1, 6, 7, 7)
-    x[0, :, :3] = 1  # the last rows see nothing: there s_I = 0, where a ReLU would pass no gradient
-    x.requires_grad_()
-    assert circuit.currents(x)["i_ie"][0, :, 6].eq(0).all()
-    inhibition_only = circuit.currents(x)["i_div"]
-    (grad,) = torch.autograd.grad(inhibition_only[0, :, 6].sum(), x)
-    assert (grad[0, :, 6] > 0).all()
-    (grad,) = torch.autograd.grad(circuit(x)[0, :, 6].sum(), x)
-    assert grad[0, :, 6].ne(0).all()
-
-
-def test_gradient_scaling_is_one_over_the_fan_in():
-    scaled, x = circuit_and_input("2d", 0.5)
-    unscaled = EICircuit2d(6, 8, 3, padding=1, grad_scaling=False)
-    unscaled.load_state_dict(scaled.state_dict())
-    scaled(x).sum().backward()
-    unscaled(x).sum().backward()
-    torch.testing.assert_close(scaled.w_ei.grad * 54, unscaled.w_ei.grad)
-    torch.testing.assert_close(scaled.w_ie.grad, unscaled.w_ie.grad)
-
-
 def test_clamp_dale():
     circuit, _ = circuit_and_input("2d", 0.5)
     with torch.no_grad():
@@ -213,7 +170,7 @@ def test_clamp_dale():
     before = {name: p.detach().clone() for name, p in circuit.named_parameters()}
     clamp_dale(torch.nn.Sequential(circuit, torch.nn.Linear(2, 2)))
     for name, p in circuit.named_parameters():
-        assert torch.equal(p, before[name] if name in SIGNED else before[name].clamp(min=0))
+        assert torch.equal(p, before[name] if name == "b_e" else before[name].clamp(min=0))
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 4), (3, 0, 4), (3, 8, 0)])
@@ -264,9 +221,6 @@ def test_torch_func():
         torch.testing.assert_close(once[name], want)
         assert per_sample[name].shape == (5, *want.shape)
         torch.testing.assert_close(per_sample[name].sum(0), want)
-    dense, x = circuit_and_input("dense", 0.3)
-    x = x.detach()
-    torch.testing.assert_close(torch.func.vmap(lambda sample: dense(sample[None])[0])(x), dense(x))
 
 
 @pytest.mark.parametrize("kind", ["dense", "2d"])
@@ -283,13 +237,9 @@ def test_second_derivatives_of_the_circuit(kind):
         assert (a - b).norm() <= 1e-8 * b.norm()
 
 
-def test_the_demonstration():
-    done = subprocess.run(
-        [sys.executable, "inhibition.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=30
-    )
-    assert done.returncode == 0 and not done.stderr
-    found = {}
-    for line in done.stdout.splitlines():
+def test_the_demonstration(demonstration):
+    lines, found = demonstration("inhibition.py").splitlines(), {}
+    for line in lines:
         found[line.split("  ")[0].strip()] = [json.loads(row) for row in re.findall(r"\[[-0-9., ]*\]", line)]
     w_ee, w_ie, b_e = (torch.tensor(found[name]) for name in ("W_EE", "W_IE", "b_E"))
     x = torch.tensor(found["x"])
@@ -300,4 +250,4 @@ def test_the_demonstration():
     i_int = [((i_ee[0] - 2) / 1 + b_e[0]).tolist(), b_e[0].tolist()]
     last = found["I_int = g_E . (I_EE - I_sub) / I_div + b_E"]
     assert last[0] == pytest.approx(i_int[0]) and last[1] == pytest.approx(i_int[1])
-    assert done.stdout.rstrip().endswith("so I_int stays the same: [1.0, 0.0, -1.0, 0.1]")
+    assert lines[-1].endswith("so I_int stays the same: [1.0, 0.0, -1.0, 0.1]")
