@@ -251,8 +251,8 @@ def command(args, device):
 
 
 def theirs_like(model, folder, bn=False):
-    """A VGG of the authors' program with the sizes and weights of an E-I network of ours, or their BN-SNN of that size,
-    and their optimiser. The network is a module: images (B, C, 32, 32) -> logits (B, classes)."""
+    """A VGG of the authors' program with the sizes and weights of an E-I network of ours, or their BN-SNN of that size:
+    a module, images (B, C, 32, 32) -> logits (B, classes), with their optimiser as its attribute `sgd`."""
     plan = [stage.circuit.n_e if hasattr(stage, "circuit") else "P" for stage in model.encoder.stages]
     depth, like = len(plan) - plan.count("P") + 3, model.readout.w_ee  # they count three dense layers
     how = dict(T=model.T, num_layers=depth, in_channels=model.in_channels, n_outputs=model.readout.n_e)
@@ -272,7 +272,8 @@ def theirs_like(model, folder, bn=False):
         network.register_forward_pre_hook(lambda *_: reset(network))  # the membranes of the batch before
         network(torch.zeros(2, model.in_channels, 32, 32).to(like))
         groups = [dict(params=p, clamped="bias" not in n and not bn) for n, p in network.named_parameters()]  # to >= 0
-        return network, optimizers.EiSGD(groups, **SGD)
+        network.sgd = optimizers.EiSGD(groups, **SGD)
+        return network
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{folder} is not the authors' program, or another version of it, or lacks a package that it needs "
@@ -289,10 +290,10 @@ def compare(folder, steps=100, width=0.25, batch_size=16):
     torch.manual_seed(0)
     ours = build("vgg8", dataset.in_channels, dataset.n_classes, width=width).double()
     initialize(ours, data.first_batch(config, dataset)[0].double())
-    theirs, their_sgd = theirs_like(ours, folder)
+    theirs = theirs_like(ours, folder)
     for p in theirs.parameters():  # else their first step is 1.9 times the gradient: it is added to itself
-        their_sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    optimizers, order = [torch.optim.SGD(ours.parameters(), **SGD), their_sgd], data.epoch_order(config, dataset, 0)
+        theirs.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizers, order = [torch.optim.SGD(ours.parameters(), **SGD), theirs.sgd], data.epoch_order(config, dataset, 0)
     print(f"{'step':>5}{'loss, ours':>14}{'theirs':>14}{'parameters apart by':>24}")
     for step in range(1, steps + 1):
         x, y = data.training_batch(config, dataset, order[step % len(order)], step)
@@ -303,8 +304,7 @@ def compare(folder, steps=100, width=0.25, batch_size=16):
             optimizer.zero_grad()
         clamp_dale(ours)
         if step == 1 or step % 10 == 0:
-            state = theirs.state_dict()
-            apart = max((p - state[name]).abs().max() for name, p in state_of(ours).items())
+            apart = max((p - theirs.get_parameter(name)).abs().max() for name, p in state_of(ours).items())
             print(f"{step:5}{losses[0]:14.6f}{losses[1]:14.6f}{apart:24.1e}")
     return 0
 
