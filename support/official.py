@@ -123,7 +123,7 @@ def describe(tensors):
     sizes, n_conv = [len(tensors[name]) for name in order], sum(tensors[name].dim() == 4 for name in order)
     depths = {len(plan) - plan.count("P"): arch for arch, plan in PLANS.items() if arch.startswith("vgg")}
     arch = "resnet18" if "conv1.conv_ee.weight" in order else depths.get(n_conv, "mlp")
-    if len(order) < 2 or (arch == "mlp" and n_conv):
+    if len(order) < 2 or (n_conv and (arch == "mlp" or len(order) != n_conv + 1)):
         raise ValueError(f"{n_conv} convolutions in {len(order)} layers are no E-I network of the authors")
     largest = order[sizes.index(max(sizes[:-1]))]  # tells the E:I ratio best, for n_I is rounded
     n_i = tensors.get(largest.replace("_ee", "_ie"), tensors[largest]).numel()
