@@ -51,7 +51,6 @@ def test_logits_of_a_checkpoint_and_the_way_back(tmp_path):
     model = official.load(CHECKPOINT, T=4)
     with np.load(GOLDEN / "official-vgg8-narrow.npz") as golden, torch.no_grad():
         assert np.abs(model(torch.tensor(golden["x"])).numpy() - golden["logits"]).max() < 1e-4
-    assert [c.n_e for c in circuits(model)] == [16, 16, 32, 32, 32, 10] and model.T == 4
     official.save(model, tmp_path / "a")
     written = safetensors.load_file(tmp_path / "a")
     assert written.keys() == TENSORS.keys() and all(torch.equal(written[k], TENSORS[k]) for k in TENSORS)
@@ -66,13 +65,11 @@ def test_names_and_shapes_of_resnet18():
     assert sorted(lines) == sorted((GOLDEN / "official-resnet18-names.txt").read_text(encoding="utf-8").splitlines())
     assert official.describe(found) == dict(arch="resnet18", in_channels=3, n_classes=10, ei_ratio=4, width=1.0)
     model = build("resnet18", width=0.125)
-    state, block = official.state_of(model), model.encoder.blocks[2]
-    assert state["layer2.0.conv2.conv_ie.weight"].data_ptr() == block.conv2.circuit.w_ie.data_ptr()
-    assert state["layer2.0.downsample.1.gain_i"].data_ptr() == block.shortcut.circuit.g_i.data_ptr()
+    gain = official.state_of(model)["layer2.0.downsample.1.gain_i"]
+    assert gain.data_ptr() == model.encoder.blocks[2].shortcut.circuit.g_i.data_ptr()
 
 
 def test_numbers_of_layers():
-    """Conv, norm, split, LIF, dropout, merge; P; flatten: by the same rule as those of the golden VGG-8."""
     for arch, frames, numbers in ("vgg11", True, (1, 8, 15, 21, 28, 34, 41, 47, 55)), ("mlp", False, (2, 7, 12, 17)):
         pairs = official.modules_of(build(arch, width=0.1).encoder, frames)
         assert pairs == [(f"layers.{n}", f"layers.{n + 1}") for n in numbers]
@@ -127,7 +124,6 @@ BROKEN = {  # what is said of a tensor, its name, and what stands in its place
     "'layers.10.gain_e' is of shape (16,), not of shape (16, 1, 1)": ("layers.10.gain_e", torch.zeros(16)),
     "of shape (5, 16, 3, 3), not of shape (4, 16, 3, 3)": ("layers.9.conv_ie.weight", torch.zeros(5, 16, 3, 3)),
     "'layers.3.bias' has values that are no finite float32": ("layers.3.bias", torch.full((16, 1, 1), float("nan"))),
-    "no finite float32": ("layers.3.bias", torch.full((16, 1, 1), 1e300, dtype=torch.float64)),
     "are no finite float32": ("layers.3.bias", torch.zeros(16, 1, 1, dtype=torch.int64)),
     "'layers.3.gain_i' has values below 0, which Dale's law": ("layers.3.gain_i", -torch.ones(4, 1, 1)),
 }
@@ -190,7 +186,6 @@ def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
         (dict(neuron=dict(tau=0.5)), "tau must be at least 1"),
         (dict(neuron=dict(v_threshold=-1)), "threshold is -1"),
         (dict(neuron=dict(v_reset=0.0)), "is not the one of this program"),
-        (dict(neuron=[1]), "config.json cannot be read, or is none of theirs"),
         (dict(ei_ratio=8), "but the tensors are of ['EI-SNN', 'vgg', '8', 4]"),
         (dict(num_layers=11), "says ['EI-SNN', 'VGG', 11, 4] (type, arch, num_layers, ei_ratio)"),
         (dict(arch="ResNet", num_layers=18), "says ['EI-SNN', 'ResNet', 18, 4]"),
@@ -209,8 +204,8 @@ def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
 
 
 def test_a_download(mlp, tmp_path, capsys, monkeypatch):
-    for theirs in (name.split("-")[0].lower() for name in official.PUBLISHED):
-        assert official.DATA.get(theirs, theirs) in data.LOADERS
+    datasets = {name.split("-")[0].lower() for name in official.PUBLISHED}
+    assert {official.DATA.get(name, name) for name in datasets} <= data.LOADERS.keys()
     hub, argv = pytest.importorskip("huggingface_hub"), ["--official", "CIFAR10-VGG8", "--out", tmp_path / "run"]
     assert "is no folder and none of the published networks" in fails(capsys, "--official", "CIFAR10-VGG9")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: 1 / 0)
@@ -288,26 +283,31 @@ SpikingEiVGG = SpikingVGG
 }
 
 
-def stand_in(folder, old="", new=""):
-    """Writes that program, one place of it changed."""
+@pytest.fixture
+def stand_in(tmp_path):
+    """Writes that program, one place of it changed. Its modules are forgotten afterwards."""
+
+    def make(old="\0", new=""):
+        for name, text in STAND_IN.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
+        return tmp_path
+
+    yield make
     for name in [name for name in sys.modules if name.split(".")[0] in ("models", "modules", "spikingjelly")]:
         del sys.modules[name]
-    for name, text in STAND_IN.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text.replace(old, new) if old else text, encoding="utf-8")
-    return folder
 
 
-def test_side_by_side(tmp_path, capsys):
-    assert official.compare(stand_in(tmp_path), steps=10, width=0.1, batch_size=8) == 0
+def test_side_by_side(stand_in, capsys):
+    assert official.compare(stand_in(), steps=10, width=0.1, batch_size=8) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == ["1", "10"] and rows[0][1] != rows[1][1]  # they do train
     assert all(row[1] == row[2] and float(row[3]) < 1e-12 for row in rows)
 
 
 @pytest.mark.parametrize("old, new", [("grad / d", "grad"), ("**neuron)", "2.1)"), ("min=0 if", "min=1e-3 if")])
-def test_side_by_side_sees_a_difference(tmp_path, capsys, old, new):
-    official.compare(stand_in(tmp_path, old, new), steps=1, width=0.1, batch_size=8)
+def test_side_by_side_sees_a_difference(stand_in, capsys, old, new):
+    official.compare(stand_in(old, new), steps=1, width=0.1, batch_size=8)
     assert float(capsys.readouterr().out.split()[-1]) > 1e-9
 
 
@@ -319,12 +319,12 @@ def test_side_by_side_sees_a_difference(tmp_path, capsys, old, new):
         ("return self.layers(x)", "raise KeyError('a') #", "KeyError: 'a'"),
     ],
 )
-def test_another_program_is_one_line(tmp_path, capsys, old, new, message):
-    err = fails(capsys, "--compare", stand_in(tmp_path, old, new), program=official)
+def test_another_program_is_one_line(stand_in, capsys, old, new, message):
+    err = fails(capsys, "--compare", stand_in(old, new), program=official)
     assert message in err and "is not the authors' program, or another version of it" in err
 
 
-def test_the_benchmark_measures_the_authors_networks(tmp_path, capsys, monkeypatch):
+def test_the_benchmark_measures_the_authors_networks(stand_in, capsys, monkeypatch):
     monkeypatch.setattr(bench, "build", lambda arch, **options: build(arch, width=0.1, **options))
-    assert bench.main(["--authors", str(stand_in(tmp_path)), "--batch-size", "4", "--T", "2", "--seconds", "1e-9"]) == 0
+    assert bench.main(["--authors", str(stand_in()), "--batch-size", "4", "--T", "2", "--seconds", "1e-9"]) == 0
     assert [line[:10].strip() for line in capsys.readouterr().out.splitlines()[8:10]] == ["authors", "authors bn"]
