@@ -1,5 +1,4 @@
-"""The authors' trained networks: reading them, writing such files, and training side by side with the authors' program.
-A reader of the paper may skip this file.
+"""The authors' trained networks: reading and writing their files, and training beside their program.
 
     from support import official
     model = official.load("model.safetensors", T=4, image_size=32)     a network of `model.build`
@@ -9,436 +8,312 @@ A reader of the paper may skip this file.
     python -m support.official --compare DIR                           DIR is a checkout of the authors' repository
 
 First: pip install -r requirements-official.txt. A file is read as numbers with names; nothing in it is executed.
-
-Their names for the parts of a circuit, and ours (a dense layer has weight_ee and weight_ie):
-
-    conv_ee.weight, conv_ie.weight   w_ee, w_ie        weight_ei   w_ei
-    gain_i, gain_e, bias             g_i, g_e, b_e     (n, 1, 1) after a convolution, (1, n) in a dense layer
-
-The norm of their readout stores a gain_i, a gain_e and a bias that it does not use.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from inhibition import EICircuit2d
+from ei_init import initialize
+from inhibition import EICircuit2d, clamp_dale
 from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, parallel, recipes
-from support.console import first_line, leave, status
+from support import data, recipes
+from support.console import leave, status
 from support.fast import accelerate
-from support.measure import cost_table, evaluate, header
+from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
 
-REPOSITORY = "vwOvOwv/DeepEISNN"  # at Hugging Face
-PUBLISHED = {  # top-1 accuracy in % that the authors report
-    "CIFAR10-VGG8": 87.03,
-    "CIFAR10-VGG11": 88.43,
-    "CIFAR10-VGG16": 91.01,
-    "CIFAR10-VGG19": 91.36,
-    "CIFAR10-ResNet18": 92.06,
-    "CIFAR100-VGG16": 65.90,
-    "CIFAR100-VGG19": 64.06,
-    "TinyImageNet200-ResNet18": 50.29,
-    "CIFAR10DVS-VGG8": 78.40,
-    "CIFAR10DVS-VGG11": 78.40,
-    "DVSGesture-VGG8": 95.83,
-}
-DATA = {name: name for name in data.LOADERS} | dict(fashionmnist="fashion-mnist")  # theirs, in lower case, and ours
-DATA |= dict(tinyimagenet200="tinyimagenet", cifar10dvs="cifar10-dvs", dvsgesture="dvs-gesture")
-NO_USE = ("epochs", "lr", "warmup_epochs", "warmup_from", "weight_decay", "clip_norm", "init", "give_up", "other_data")
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+REPOSITORY = "vwOvOwv/DeepEISNN"  # at Hugging Face and at GitHub
+_words = """
+    CIFAR10-VGG8 87.03  CIFAR10-VGG11 88.43  CIFAR10-VGG16 91.01  CIFAR10-VGG19 91.36  CIFAR10-ResNet18 92.06
+    CIFAR100-VGG16 65.90  CIFAR100-VGG19 64.06  TinyImageNet200-ResNet18 50.29
+    CIFAR10DVS-VGG8 78.40  CIFAR10DVS-VGG11 78.40  DVSGesture-VGG8 95.83
+""".split()
+PUBLISHED = dict(zip(_words[::2], map(float, _words[1::2]), strict=True))  # top-1 accuracy in % that the authors report
+DATA = {"tinyimagenet200": "tinyimagenet", "cifar10dvs": "cifar10-dvs", "dvsgesture": "dvs-gesture"}  # others: the same
+OPTIONS = ("official", "data", "data_root", "image_size", "T", "eps", "batch_size", "seed", "device", "out", "plain")
+# What config.json may say of a neuron beside tau and v_threshold: ours is like this and cannot be another.
+NEURON = dict(surrogate_function="sigmoid", step_mode="m", decay_input=False, v_reset=None, detach_reset=True)
+SGD = dict(lr=0.002, momentum=recipes.MOMENTUM, weight_decay=5e-4)
+# A circuit is two modules there, {0} and {1}. The readout's {1} has gains and a bias, too, which it does not use.
+CONV = dict(w_ee="{0}.conv_ee.weight", w_ie="{0}.conv_ie.weight", w_ei="{1}.weight_ei")
+CONV.update(g_i="{1}.gain_i", g_e="{1}.gain_e", b_e="{1}.bias")  # (n, 1, 1), in a dense layer (1, n)
+DENSE = {**CONV, "w_ee": "{0}.weight_ee", "w_ie": "{0}.weight_ie"}
 
 
-def safetensors():
-    """The package, or a line that says how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("the authors' files need a package more: pip install -r requirements-official.txt") from None
-    return safetensors.torch
+def modules_of(encoder, frames):
+    """The authors' names for the two modules of each circuit, in the order of `circuits`.
 
-
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-RESNET = [("conv1", "norm1")]  # where the weights from x of each circuit are, and the rest; in the order of `circuits`
-for _block in [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]:
-    RESNET += [(f"{_block}.conv{i}", f"{_block}.norm{i}") for i in (1, 2)]
-    if _block in ("layer2.0", "layer3.0", "layer4.0"):
-        RESNET.append((f"{_block}.downsample.0", f"{_block}.downsample.1"))
-RESNET.append(("fc", "final_ei_norm"))
-
-
-def numbered(encoder, frames):
-    """The same pairs for a VGG or an MLP: the authors number all steps of their forward pass.
-
-    Those are: repeating the image over time (not with frames), merging time into the batch; for each convolution that,
-    its norm, splitting off time, LIF, dropout, merging; a pooling is one step, flattening another. Their MLP has no
-    dropout and does not flatten.
+    In a VGG and an MLP they number all steps: the image repeated over time (not with frames), time merged into the
+    batch; of each layer its two modules, time split off, LIF, dropout (not in an MLP), time merged; each pooling;
+    flattening (not in an MLP).
     """
-    number, pairs = (1 if frames else 2), []
-    for stage in encoder.stages:
-        if hasattr(stage, "circuit"):
-            pairs.append((f"layers.{number}", f"layers.{number + 1}"))
-            number += 5 if isinstance(encoder, MLP) else 6
-        else:
-            number += 1
-    number += not isinstance(encoder, MLP)
-    return [*pairs, (f"layers.{number}", f"layers.{number + 1}")]
+    if isinstance(encoder, ResNet18):
+        pairs = [("conv1", "norm1")]
+        for i, block in enumerate(encoder.blocks):
+            name = f"layer{i // 2 + 1}.{i % 2}"
+            pairs += [(f"{name}.conv1", f"{name}.norm1"), (f"{name}.conv2", f"{name}.norm2")]
+            pairs += [(f"{name}.downsample.0", f"{name}.downsample.1")] if block.shortcut is not None else []
+        return [*pairs, ("fc", "final_ei_norm")]
+    steps = 5 if isinstance(encoder, MLP) else 6  # of a circuit
+    places = [i for i, stage in enumerate(encoder.stages) if hasattr(stage, "circuit")]
+    places.append(len(encoder.stages) + steps - 5)  # the readout
+    numbers = [2 - bool(frames) + place + n * (steps - 1) for n, place in enumerate(places)]
+    return [(f"layers.{number}", f"layers.{number + 1}") for number in numbers]
 
 
-def names(circuit, pair):
-    """The tensors of a circuit in the authors' file: name -> (our parameter or None, shape).
-
-    Raises:
-        ValueError: the circuit has a parameter that theirs has not.
-    """
-    conv = isinstance(circuit, EICircuit2d)
-    n_e, n_i = circuit.n_e, circuit.n_i
-    synapses, norm = pair
-    w_ee, w_ie = ("conv_ee.weight", "conv_ie.weight") if conv else ("weight_ee", "weight_ie")
-    found = {f"{synapses}.{w_ee}": ("w_ee", circuit.w_ee.shape), f"{synapses}.{w_ie}": ("w_ie", circuit.w_ie.shape)}
-    found[f"{norm}.weight_ei"] = ("w_ei", circuit.w_ei.shape)
-    for name, ours, n in (("gain_i", "g_i", n_i), ("gain_e", "g_e", n_e), ("bias", "b_e", n_e)):
-        shape = torch.Size((n, 1, 1) if conv else (1, n))
-        found[f"{norm}.{name}"] = (None if circuit.readout else ours, shape)
-    if more := dict(circuit.named_parameters()).keys() - {ours for ours, _ in found.values()}:
-        raise ValueError(f"the circuit here has a parameter {min(more)}, which has no place in the authors' program")
+def state_of(model, frames=False):
+    """The parameters of a network under the authors' names and in their shapes: a dict of tensors that share memory."""
+    known = getattr(model, "official", {"frames": frames})  # of a network from `load`
+    found, modules = {}, modules_of(model.encoder, known["frames"])
+    for circuit, pair in zip(circuits(model), modules, strict=False):
+        names, shape = (CONV, (-1, 1, 1)) if isinstance(circuit, EICircuit2d) else (DENSE, (1, -1))
+        if more := dict(circuit.named_parameters()).keys() - names.keys():
+            raise ValueError(f"the authors' program has no circuit with a parameter {min(more)}")
+        for ours, name in names.items():
+            name, p = name.format(*pair), getattr(circuit, ours, None)
+            if p is None:  # not used: what was in the file, or neutral values
+                n = circuit.n_i if ours == "g_i" else circuit.n_e
+                p = known.setdefault(name, torch.full((n,), 0.0 if ours == "b_e" else 1.0).to(circuit.w_ee))
+            found[name] = p.detach().view(shape) if p.dim() == 1 else p.detach()
     return found
 
 
-def part(name):
-    """ "synapses" or "norm", the part of their names before it, and what it is."""
-    for kind, pattern in (("synapses", r"(conv_|weight_)(ee|ie)(\.weight)?"), ("norm", r"weight_ei|gain_[ie]|bias")):
-        if found := re.fullmatch(rf"(.+)\.({pattern})", name):
-            return kind, found[1]
-    raise ValueError(f"the tensor {name!r} is no part of one of the authors' networks")
-
-
-# ---- reading and writing ---------------------------------------------------------------------------------------------
+def package(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError("the authors' files need packages more: pip install -r requirements-official.txt") from None
 
 
 def read(path):
-    """The tensors of a safetensors file by name: a dict.
-
-    Raises:
-        ValueError: it is something else or damaged, or holds something else than finite numbers, which are not
-            negative where Dale's law holds.
-    """
-    path = Path(path).expanduser()
-    path = path / WEIGHTS if path.is_dir() else path
-    package = safetensors()
+    """The tensors of their file, or of the one in a folder: a dict. "module." before names (DataParallel) is cut."""
+    path, load_bytes = Path(path).expanduser(), package("safetensors.torch").load
+    path = path / "model.safetensors" if path.is_dir() else path
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, which only names the file: get the file itself (git lfs pull)")
     try:
-        tensors = package.load(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        tensors = load_bytes(content)
     except Exception as error:  # the package's own exception is a plain one
-        raise ValueError(
-            f"{path} is damaged or no safetensors file (a pickle is not read): {first_line(error)}"
-        ) from None
+        raise ValueError(f"{path} is damaged or no safetensors file (a pickle is not read): {error}") from None
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-            raise ValueError(f"{path}: the tensor {name!r} is of {tensor.dtype}, not of float32")
-        if not tensor.float().isfinite().all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise ValueError(f"{path}: the tensor {name!r} has values that are no finite float32 numbers")
-        if not name.endswith("bias") and tensor.numel() and tensor.min() < 0:
+        if not name.endswith("bias") and (tensor.float() < 0).any():
             raise ValueError(f"{path}: the tensor {name!r} has values below 0, which Dale's law forbids")
-    return tensors
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def pairs_of(tensors):
-    """The pairs of `numbered` or `RESNET` for the tensors of a file, in the order of the forward pass."""
-    if any(name.startswith("conv1.") for name in tensors):
-        return RESNET
-    prefixes = dict(synapses={}, norm={})
-    for name in tensors:
-        kind, prefix = part(name)
-        prefixes[kind][prefix] = [int(digits) for digits in re.findall(r"\d+", prefix)]
-    synapses, norms = (sorted(found, key=found.get) for found in prefixes.values())
-    if len(synapses) != len(norms):
-        raise ValueError(f"there are tensors of {len(synapses)} layers and of {len(norms)} norms: some are missing")
-    if not synapses:
-        raise ValueError("there are no tensors in it")
-    return list(zip(synapses, norms, strict=True))
-
-
-def describe(tensors, image_size, ei_ratio=4):
-    """What `model.build` is to be told, from the names and shapes alone: a dict.
-
-    Small layers may fit several E:I ratios. Then it is `ei_ratio` if that is one of them.
-    """
-    if image_size < 1:
-        raise ValueError(f"the side of the images must be at least 1 pixel, not {image_size}")
-    pairs = pairs_of(tensors)
-
-    def shape(pair, population):
-        for name in (f"{pair[0]}.conv_{population}.weight", f"{pair[0]}.weight_{population}"):
-            if name in tensors:
-                if tensors[name].dim() not in (2, 4):
-                    raise ValueError(f"the tensor {name!r} has the shape {(*tensors[name].shape,)}, which no layer has")
-                return tensors[name].shape
-        raise ValueError(f"a tensor is missing: the weights {population} of {pair[0]}")
-
-    w_ee, w_ie = ([shape(pair, population) for pair in pairs] for population in ("ee", "ie"))
-    sizes = [s[0] for s in w_ee[:-1]]
-    ratios = [r for r in range(1, max(sizes, default=0) + 1)]
-    ratios = [r for r in ratios if all(max(1, e[0] // r) == i[0] for e, i in zip(w_ee, w_ie, strict=True))]
-    if not ratios:
-        raise ValueError("the numbers of excitatory and inhibitory neurons of its layers follow no one E:I ratio")
-    ei_ratio = ei_ratio if ei_ratio in ratios else ratios[0]
-    found = dict(n_classes=w_ee[-1][0], in_channels=w_ee[0][1], ei_ratio=ei_ratio, plan=None)
-    n_conv = sum(len(s) == 4 for s in w_ee)
-    if pairs is RESNET:
-        stages = zip(sizes[::5], (64, 128, 256, 512), strict=True)  # each n is 64, ... times the width, rounded
-        lowest, highest = zip(
-            *(((n - 0.5) / full if n > 4 else 0, (n + 0.5) / full) for n, full in stages), strict=True
-        )
-        return found | dict(arch="resnet18", width=(max(lowest) + min(highest)) / 2)
-    if n_conv == 0:
-        channels, rest = divmod(w_ee[0][1], image_size**2)
-        if rest or not channels:
-            raise ValueError(f"it takes {w_ee[0][1]} inputs, which are no images of {image_size}x{image_size} pixels")
-        return found | dict(arch="mlp", in_channels=channels, plan=None if sizes == PLANS["mlp"] else sizes)
-    by_depth = {len(plan) - plan.count("P"): arch for arch, plan in PLANS.items() if not arch.startswith("mlp")}
-    if n_conv != len(w_ee) - 1 or n_conv not in by_depth:
-        raise ValueError(f"{n_conv} convolutions and {len(w_ee) - n_conv} dense layers are no network of the paper")
-    arch, left = by_depth[n_conv], iter(sizes)
-    plan = [n if n == "P" else next(left) for n in PLANS[arch]]
-    return found | dict(arch=arch, plan=None if plan == PLANS[arch] else plan)
+def describe(tensors):
+    """What names and shapes tell: arguments of `model.build`. For an MLP in_channels counts pixels."""
+    numbers = {}  # in the name of each W_EE; they give the order, with the readout of a ResNet, fc, last
+    for name, tensor in tensors.items():
+        if re.search(r"\.(conv_ee\.weight|weight_ee)$", name) and tensor.dim() in (2, 4):
+            numbers[name] = [int(digits) for digits in re.findall(r"\d{1,9}", name)] or [9999]
+    order = sorted(numbers, key=numbers.get)
+    sizes, n_conv = [len(tensors[name]) for name in order], sum(tensors[name].dim() == 4 for name in order)
+    depths = {len(plan) - plan.count("P"): arch for arch, plan in PLANS.items() if arch.startswith("vgg")}
+    arch = "resnet18" if "conv1.conv_ee.weight" in order else depths.get(n_conv, "mlp")
+    if len(order) < 2 or (n_conv and (arch == "mlp" or len(order) != n_conv + 1)):
+        raise ValueError(f"{n_conv} convolutions in {len(order)} layers are no E-I network of the authors")
+    largest = order[sizes.index(max(sizes[:-1]))]  # tells the E:I ratio best, for n_I is rounded
+    n_i = tensors.get(largest.replace("_ee", "_ie"), tensors[largest]).numel()
+    found = dict(arch=arch, in_channels=tensors[order[0]].shape[1], n_classes=sizes[-1])
+    found["ei_ratio"] = max(1, tensors[largest].numel() // max(1, n_i))
+    if arch == "resnet18":
+        return found | dict(width=max(sizes[:-1]) / 512)
+    plan = sizes[:-1]
+    if n_conv:  # what lies between two layers, beyond the six steps of one, is pooling
+        plan = []
+        for n, name, following in zip(sizes, order, order[1:], strict=False):
+            plan += [n] + ["P"] * min(numbers[following][0] - numbers[name][0] - 6, 9)
+        plan.pop()  # the last one is the flattening
+    return found | dict(plan=None if plan == PLANS[arch] else plan)
 
 
 @torch.no_grad()
 def fill(model, tensors):
-    """Puts the tensors of a file into a network. Each must be there, of the right shape, and there may be no other.
-
-    The network remembers the names, and the numbers that it has no use for, so that `save` can write them again.
-    """
-    pairs, expected = pairs_of(tensors), {}
-    for circuit, pair in zip(circuits(model), pairs, strict=True):
-        for name, (ours, shape) in names(circuit, pair).items():
-            if name not in tensors:
-                raise ValueError(f"the tensor {name!r} is missing")
-            if tensors[name].shape != shape:
-                raise ValueError(f"the tensor {name!r} has the shape {(*tensors[name].shape,)}, not {(*shape,)}")
-            expected[name] = circuit, ours
-    if extra := tensors.keys() - expected.keys():
-        raise ValueError(f"the tensor {min(extra)!r} has no place in this network")
-    for name, (circuit, ours) in expected.items():
-        if ours:
-            p = getattr(circuit, ours)
-            p.copy_(tensors[name].view_as(p))
-    unused = {name: tensors[name].clone() for name, (_, ours) in expected.items() if ours is None}
-    model.official = dict(pairs=pairs, unused=unused)
+    """Puts the tensors of a file into a network: each must be there and of the right shape, and there may be no other.
+    The network remembers those that it has no use for, so that `save` can write them again."""
+    model.official = {"frames": any(name.startswith("layers.1.") for name in tensors)}
+    expected = state_of(model)
+    for name, p in expected.items():
+        if name not in tensors or tensors[name].shape != p.shape:
+            what = f"of shape {(*tensors[name].shape,)}" if name in tensors else "missing"
+            raise ValueError(f"the tensor {name!r} is {what}, not of shape {(*p.shape,)}")
+        p.copy_(tensors[name])
+    if more := tensors.keys() - expected.keys():
+        raise ValueError(f"the tensor {min(more)!r} has no place in this network")
     return model
 
 
-def network(tensors, T, image_size, ei_ratio=4):
-    """A network of `model.build` with these tensors."""
-    return fill(build(T=T, image_size=image_size, **describe(tensors, image_size, ei_ratio)), tensors)
-
-
 def load(path, T=4, image_size=32):
-    """One of the authors' networks, for use and for further training.
+    """One of the authors' networks, from their model.safetensors or its folder: a network of `model.build` in float32.
 
-    Args:
-        path: their model.safetensors, or the folder that it is in.
-        T: time steps.
-        image_size: side of the images. It is not in the file; of an MLP it decides about the number of channels.
-
-    Returns:
-        A network of `model.build`, in float32. Architecture, number of layers, maps, channels and classes, and the E:I
-        ratio are those of the file.
-
-    Raises:
-        ValueError: no such file, a tensor that is missing, too many, or of another shape; a network for other images.
+    T: time steps. image_size: side of the images in pixels. It is not in the file; of an MLP it decides about channels.
+    ValueError: a tensor is missing, too many, or of another shape, e.g. for other images. OSError: there is no file.
     """
     tensors = read(path)
-    try:
-        return network(tensors, T, image_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def state_of(model, frames=False):
-    """The tensors of a network under the authors' names: a dict."""
-    if not circuits(model) or any(not hasattr(c, "g_i") and not c.readout for c in circuits(model)):
-        raise ValueError("only an E-I network (kind 'ei') has a place in the authors' program")
-    pairs = RESNET if isinstance(model.encoder, ResNet18) else numbered(model.encoder, frames)
-    known = getattr(model, "official", dict(pairs=pairs, unused={}))
-    found = {}
-    for circuit, pair in zip(circuits(model), known["pairs"], strict=True):
-        for name, (ours, shape) in names(circuit, pair).items():
-            if ours:
-                found[name] = getattr(circuit, ours).detach().reshape(shape).cpu().contiguous()
-            else:  # not used: what was in the file, or the neutral values
-                neutral = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-                found[name] = known["unused"].get(name, neutral).to(circuit.w_ee.dtype)
-    return found
+    options = describe(tensors)
+    if options["arch"] == "mlp":
+        options["in_channels"] = max(1, options["in_channels"] // max(1, image_size**2))
+    return fill(build(T=T, image_size=image_size, **options), tensors)
 
 
 def save(model, path, frames=False):
-    """Writes a network as the authors' program does, model.safetensors. Such a file does not say tau, threshold or eps.
+    """Writes an E-I network of `model.build` as the authors' program does; tau, theta and eps are not in such a file.
 
-    Args:
-        model: an E-I network of `model.build`, a VGG, an MLP or a ResNet-18, in float32, of any width; a VGG with its
-            poolings where the paper has them.
-        path: the file.
-        frames: for their event networks, which count their layers from one less. A network from `load` keeps its names.
-
-    Raises:
-        ValueError: a network of another kind. OSError: it cannot be written.
+    frames: for their event networks, which count their layers from one less. A network from `load` keeps its names.
+    ValueError: their program has no such network. OSError: the file cannot be written.
     """
-    tensors = state_of(model, frames)
-    try:
-        again = network(tensors, model.T, model.image_size)
-    except ValueError as error:
-        raise ValueError(f"the authors' program has no such network: {error}") from None
-    if not isinstance(model.encoder, ResNet18) and numbered(again.encoder, frames) != numbered(model.encoder, frames):
-        raise ValueError("the authors' program has no such network: its poolings are at other places")
-    write_atomically(Path(path).expanduser(), safetensors().save(tensors, metadata={"format": "pt"}))
-
-
-# ---- python train.py --official --------------------------------------------------------------------------------------
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state_of(model, frames).items()}
+    describe(tensors)
+    write_atomically(Path(path).expanduser(), package("safetensors.torch").save(tensors, metadata={"format": "pt"}))
 
 
 def fetch(name):
     """The folder with config.json and model.safetensors: `name` is one, or one of `PUBLISHED`, which is downloaded."""
     folder = Path(name).expanduser()
-    if folder.name == WEIGHTS and folder.is_file():
-        return folder.parent
-    if folder.is_dir():
-        return folder
+    if folder.exists():
+        return folder if folder.is_dir() else folder.parent
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no folder and none of the published networks: {', '.join(PUBLISHED)}")
+    download = package("huggingface_hub").hf_hub_download
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import logging
-    except ImportError:
-        raise ValueError("downloading needs a package more: pip install -r requirements-official.txt") from None
-    logging.set_verbosity_error()  # without its remarks on each of its attempts
-    try:
-        files = [Path(hf_hub_download(REPOSITORY, file, subfolder=name)) for file in (CONFIG, WEIGHTS)]
+        files = [Path(download(REPOSITORY, file, subfolder=name)) for file in ("config.json", "model.safetensors")]
+        return files[0].parent
     except Exception as error:  # of several packages: no network, a proxy, a full disk
         raise OSError(
-            f"{name} cannot be downloaded ({first_line(error)[:300]}): put {CONFIG} and {WEIGHTS} of "
-            f"huggingface.co/{REPOSITORY}, folder {name}, into a folder DIR, and give --official DIR"
+            f"{name} cannot be downloaded ({str(error)[:300]}): put both files of huggingface.co/{REPOSITORY}, folder "
+            f"{name}, into a folder DIR, and give --official DIR"
         ) from None
-    return files[0].parent
 
 
-def settings_of(folder, tensors, args):
-    """The settings of a run for the network in a folder: what is given on the command line, else what its config.json
-    says, and what its tensors tell."""
+def settings_of(folder, found, args):
+    """The settings of a run: what is given on the command line, else what config.json and the tensors say."""
     try:
-        theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(theirs, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{CONFIG} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
-    given = {key: value for key, value in vars(args).items() if value is not None and key != "official"}
-    if given.get("model", "ei") != "ei":
-        raise ValueError(f"--model {given['model']} is given, but the authors' networks are E-I networks")
-    if idle := next((key for key in NO_USE if given.get(key)), None):
-        raise ValueError(f"--official trains nothing: leave --{idle.replace('_', '-')} out")
-    T, name = theirs.get("T"), str(theirs.get("dataset")).lower()
-    if "T" not in given and (type(T) is not int or not 1 <= T <= 10**6):
-        raise ValueError(f"{CONFIG}: T is to be a whole number of at least 1, not {T!r}; or give --T")
-    if "data" not in given and name not in DATA:
-        raise ValueError(
-            f"{CONFIG} says dataset {theirs.get('dataset')!r}: give --data, one of {', '.join(data.LOADERS)}"
-        )
-    tau = theirs["neuron"].get("tau", 2.0) if isinstance(theirs.get("neuron"), dict) else 2.0
-    if type(tau) not in (int, float) or not 1 <= tau <= recipes.HUGE:
-        raise ValueError(f"{CONFIG}: tau is to be a number of at least 1, not {tau!r}")
-    chosen = argparse.Namespace(**dict(T=T, tau=float(tau), data=DATA.get(name)) | given)
-    chosen.arch = "mlp" if all(t.dim() < 4 for t in tensors.values()) else "vgg8"  # for the size of the images
-    size = given.get("image_size", recipes.settings(chosen)["image_size"])
-    said = theirs.get("ei_ratio", 4)
-    found = describe(tensors, size, said)
-    if "ei_ratio" in theirs and said != found["ei_ratio"]:
-        raise ValueError(f"{CONFIG} says ei_ratio {said!r}, but the tensors are of {found['ei_ratio']}")
-    n_layers = dict(mlp=4, resnet18=18).get(found["arch"]) or int(found["arch"].removeprefix("vgg"))
-    said = theirs.get("num_layers", n_layers)
-    if said != n_layers and found["arch"] != "mlp":
-        raise ValueError(f"{CONFIG} says num_layers {said!r}, but the tensors are of {found['arch']}")
-    told = {key: found.get(key, 1.0) for key in ("arch", "ei_ratio", "width")}
-    told["plan"] = "-".join(map(str, found["plan"] or ()))
-    for key, value in told.items():
-        if given.get(key, value) != value:
-            raise ValueError(
-                f"{recipes.option(key, given[key])} is given, but the tensors say {value or 'no other plan'}"
-            )
-        setattr(chosen, key, value)
-    return recipes.settings(chosen)
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        neuron = NEURON | theirs.get("neuron", {})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"config.json cannot be read, or is none of theirs: {error}") from None
+    given = {key: value for key, value in vars(args).items() if value not in (None, False)}
+    for key in given.keys() - OPTIONS:
+        raise ValueError(f"{recipes.option(key, given[key])} has no meaning with --official: the files decide")
+    family, depth = re.fullmatch("([a-z]+)([0-9]*)", found["arch"]).groups()
+    here = ["EI-SNN", family, depth or len(found["plan"] or PLANS["mlp"]) + 1, found["ei_ratio"]]
+    there = [theirs.get(key) for key in ("type", "arch", "num_layers", "ei_ratio")]
+    if [str(value).lower() for value in there] != [str(value).lower() for value in here]:
+        raise ValueError(f"config.json says {there} (type, arch, num_layers, ei_ratio), but the tensors are of {here}")
+    said = dict(T=theirs.get("T"), tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
+    for key, value in said.items():
+        if type(value) not in ((int,) if key == "T" else (int, float)) or not 0 < value < 1e6:
+            raise ValueError(f"config.json: {key} is {value!r}, which no network here can have")
+    if neuron != NEURON:
+        raise ValueError(f"config.json: a neuron of {neuron} is not the one of this program, {NEURON}")
+    dataset = str(theirs.get("dataset")).lower()
+    said["data"] = given.get("data", DATA.get(dataset, dataset))
+    if said["data"] not in data.LOADERS:
+        raise ValueError(f"config.json says dataset {theirs.get('dataset')!r}: give --data {'|'.join(data.LOADERS)}")
+    plan = "-".join(map(str, found.get("plan") or ()))
+    said.update(arch=found["arch"], ei_ratio=found["ei_ratio"], width=found.get("width", 1.0), plan=plan)
+    return recipes.settings(argparse.Namespace(**said | given))
 
 
 def command(args, device):
     """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0."""
-    with parallel.first_process_first():
-        folder = fetch(args.official)
+    folder = fetch(args.official)
     tensors = read(folder)
-    try:
-        config = settings_of(folder, tensors, args)
-        trained = network(tensors, config["T"], config["image_size"], config["ei_ratio"])
-    except ValueError as error:
-        raise ValueError(f"{args.official}: {error}") from None
+    config = settings_of(folder, describe(tensors), args)
     dataset, model = load_data_and_model(config, device)
-    channels, classes = trained.in_channels, trained.readout.n_e
-    if (channels, classes) != (dataset.in_channels, dataset.n_classes):
-        raise ValueError(
-            f"{args.official} is a network for {channels} channels and {classes} classes, but these data have "
-            f"{dataset.in_channels} and {dataset.n_classes}"
-            + (f" (with --image-size {config['image_size']}, which decides about an MLP's channels)")
-            * (config["arch"] == "mlp")
-        )
-    model.load_state_dict(trained.state_dict())
-    config["batch_size"] = min(config["batch_size"], len(dataset.train_y))  # nothing is trained; figures use a batch
-    name = args.official if args.official in PUBLISHED else folder.resolve().name
-    run = None
-    if not parallel.rank():
-        run = Run.create(args.out or Path("runs") / f"official-{name}", config, choose=args.out is None)
-    try:
+    fill(model, tensors)
+    name = folder.resolve().name
+    run = Run.create(args.out or f"runs/official-{name}", config, choose=args.out is None)
+    with contextlib.closing(run):
         header(config, dataset, model, device)
-        sample, _ = data.sample(dataset, config["T"])
         if not args.plain:
-            accelerate(model, sample)
-        _, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
-        if run:
-            run.data = data.identity(dataset)
-            run.keep_trained(model, accuracy)
-    finally:
-        if run:
-            run.close()
+            accelerate(model, data.sample(dataset, config["T"])[0])
+        _, accuracy, _ = evaluate(model, dataset.test_x, dataset.test_y)
+        run.data = data.identity(dataset)
+        run.keep_trained(model, accuracy)
     published = f"; the authors report {PUBLISHED[name]:.2f}% on {name.partition('-')[0]}" if name in PUBLISHED else ""
-    print(f"test accuracy {accuracy:.2%}{published}\nfiring rates by layer:", " ".join(f"{r:.4f}" for r in rates))
-    print("\n".join(cost_table(model, sample)))
-    if run:
-        print(f"run folder: {run.folder}   its figures: python visualize.py all {run.quoted}")
+    print(f"test accuracy {accuracy:.2%}{published}\nrun folder: {run.folder}")
+    print(f"its costs: python train.py --eval {run.quoted}   its figures: python visualize.py all {run.quoted}")
+    return 0
+
+
+def theirs_like(model, folder, bn=False):
+    """A VGG of the authors' program with the sizes and weights of an E-I network of ours, or their BN-SNN of that size:
+    a module, images (B, C, 32, 32) -> logits (B, classes), with their optimiser as its attribute `sgd`."""
+    plan = [stage.circuit.n_e if hasattr(stage, "circuit") else "P" for stage in model.encoder.stages]
+    depth, like = len(plan) - plan.count("P") + 3, model.readout.w_ee  # they count three dense layers
+    how = dict(T=model.T, num_layers=depth, in_channels=model.in_channels, n_outputs=model.readout.n_e)
+    how.update(neuron_config=dict(tau=2.0), light_classifier=True, dropout=0.0, seq_input=False)
+    sys.path.insert(0, str(folder))
+    try:
+        vgg, optimizers = (importlib.import_module(name) for name in ("models.vgg", "modules.optimizers"))
+        reset = importlib.import_module("spikingjelly.activation_based.functional").reset_net
+        vgg.layer_config[depth] = plan
+        if bn:
+            network = vgg.SpikingVGG(**how, BN=True).to(like)
+        else:
+            network = vgg.SpikingEiVGG(**how, ei_ratio=4, device=like.device, rng=None).to(like)
+            network.load_state_dict(state_of(model))
+        for module in network.modules():  # they would draw weights at the first batch
+            module._inited = True
+        network.register_forward_pre_hook(lambda *_: reset(network))  # the membranes of the batch before
+        network(torch.zeros(2, model.in_channels, 32, 32).to(like))
+        groups = [dict(params=p, clamped="bias" not in n and not bn) for n, p in network.named_parameters()]  # to >= 0
+        network.sgd = optimizers.EiSGD(groups, **SGD)
+        return network
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{folder} is not the authors' program, or another version of it, or lacks a package that it needs "
+            f"({type(error).__name__}: {str(error)[:300]}): give a checkout of github.com/{REPOSITORY} that runs"
+        ) from None
+    finally:
+        sys.path.remove(str(folder))
+
+
+def compare(folder, steps=100, width=0.25, batch_size=16):
+    """Trains a narrow VGG-8 on the digits beside the authors' program, from the same weights, on the same batches, in
+    float64, at a constant learning rate. Prints the losses and how far any parameter is apart. Returns 0."""
+    dataset, config = data.load("digits"), dict(seed=0, batch_size=batch_size)
+    torch.manual_seed(0)
+    ours = build("vgg8", dataset.in_channels, dataset.n_classes, width=width).double()
+    initialize(ours, data.first_batch(config, dataset)[0].double())
+    theirs = theirs_like(ours, folder)
+    for p in theirs.parameters():  # else their first step is 1.9 times the gradient: it is added to itself
+        theirs.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizers, order = [torch.optim.SGD(ours.parameters(), **SGD), theirs.sgd], data.epoch_order(config, dataset, 0)
+    print(f"{'step':>5}{'loss, ours':>14}{'theirs':>14}{'parameters apart by':>24}")
+    for step in range(1, steps + 1):
+        x, y = data.training_batch(config, dataset, order[step % len(order)], step)
+        losses = [F.cross_entropy(network(x.double()), y) for network in (ours, theirs)]
+        sum(losses).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        clamp_dale(ours)
+        if step == 1 or step % 10 == 0:
+            apart = max((p - theirs.get_parameter(name)).abs().max() for name, p in state_of(ours).items())
+            print(f"{step:5}{losses[0]:14.6f}{losses[1]:14.6f}{apart:24.1e}")
     return 0
 
 
 def main(argv=None):
     """The command line of side-by-side training; returns the exit status."""
     p = recipes.Parser(prog="support.official", description="Train beside the authors' program.", allow_abbrev=False)
-    p.add_argument("--compare", metavar="DIR", required=True, help="a checkout of the authors' repository")
-    p.add_argument("--steps", type=recipes.count, default=100, help="of training (100)")
-    p.add_argument("--width", type=recipes.times, default=0.25, help="times the maps of VGG-8 (0.25)")
-    p.add_argument("--batch-size", type=recipes.count, default=16, help="(16)")
-    p.add_argument("--data", choices=data.LOADERS, default="digits", help="(digits)")
-    p.add_argument("--data-root", default="./data", help="where the dataset is (./data)")
-
-    def run():
-        from support.side_by_side import compare
-
-        args = p.parse_args(argv)
-        return compare(
-            Path(args.compare).expanduser(), state_of, **{k: v for k, v in vars(args).items() if k != "compare"}
-        )
-
-    return status(run)
+    p.add_argument("--compare", metavar="DIR", type=recipes.folder, required=True, help="checkout of their repository")
+    return status(lambda: compare(p.parse_args(argv).compare))
 
 
 if __name__ == "__main__":
