@@ -19,7 +19,7 @@ import hashlib
 import inspect
 import sys
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType, NoneType
 
 import torch
 import torch.nn.functional as F
@@ -309,49 +309,57 @@ def fingerprint(function):
     try:
         text = "".join(inspect.findsource(loaded)[0])
         tree, code = definitions(text)[loaded.__name__, loaded.__code__.co_firstlineno]
-    except (OSError, TypeError, SyntaxError, KeyError):
+    except (AttributeError, OSError, TypeError, SyntaxError, KeyError):
         return None
-    wrapped = function is not loaded and not tree.decorator_list
+    decorated = any(getattr(decorator, "id", "") != "staticmethod" for decorator in tree.decorator_list)
+    wrapped = function is not loaded and not decorated
     return checksum(tree) if same_code(code, loaded.__code__) and not wrapped else None
 
 
 def functions_of(thing, place):
-    """All functions that a class or a function leads to, but those of libraries: {"lif.simulate": the function, ...}.
+    """All that a class or a function of the concept files leads to: {"lif.simulate": the function, ...}.
 
     place: the name under which `thing` was found. It counts where that comes from no concept file.
     """
     found, left = {}, [(thing, place)]
     while left:
         thing, place = left.pop()
-        home = thing.__module__.partition(".")[0]
-        if home in ("torch", "builtins", "math"):
+        home = str(getattr(thing, "__module__", "")).partition(".")[0]
+        if isinstance(thing, type) and home in CONCEPTS:
+            left += [(base, "") for base in thing.__bases__ if base.__module__ in CONCEPTS]
+            members = {f"{home}.{thing.__name__}.{key}": getattr(m, "__func__", m) for key, m in vars(thing).items()}
+            left += [
+                (m, key)
+                for key, m in members.items()
+                if isinstance(m, property) or (callable(m) and not isinstance(m, type))
+            ]
             continue
-        name = f"{home}.{thing.__qualname__}" if home in CONCEPTS else place
-        if isinstance(thing, type):
-            members = {**{base.__name__: base for base in thing.__bases__}, **vars(thing)}
-            parts = [(getattr(member, "__func__", member), f"{name}.{key}") for key, member in members.items()]
-        elif name in found:
-            continue
-        else:
-            found[name] = thing
+        known = isinstance(thing, FunctionType) and home in CONCEPTS
+        name = f"{home}.{thing.__qualname__}" if known else place
+        if known and name not in found:
             code, scope = inspect.unwrap(thing).__code__, inspect.unwrap(thing).__globals__
-            parts = [(scope[key], f"{scope['__name__']}.{key}") for key in code.co_names if key in scope]
-        left += [(part, place) for part, place in parts if isinstance(part, FunctionType | type)]
+            names = [key for key in code.co_names if not isinstance(scope.get(key), ModuleType | dict | NoneType)]
+            left += [(scope[key], f"{home}.{key}") for key in names]
+        found[name] = thing
     return found
 
 
 def edited(module):
     """The functions of a module that are not those that its fused form was written for: a set of names."""
-    kind = type(module)
-    if kind not in FORMS:  # a subclass
-        return {f"{base.__module__}.{base.__name__}" for base in kind.__mro__ if base in FORMS}
-    found = functions_of(kind, "")
-    if isinstance(module, EICircuit) and module.eps == "adaptive":
+    kind = next(base for base in type(module).__mro__ if base in FORMS)
+    place = f"{kind.__module__}.{kind.__name__}"
+    if kind is not type(module):  # a subclass
+        return {place}
+    found = functions_of(kind, place)
+    if isinstance(module, EICircuit) and isinstance(module.eps, str) and module.eps == "adaptive":
         found |= functions_of(ei_prop.STABILIZERS["adaptive"], "ei_prop.STABILIZERS")
     classes = tuple(f"{base.__module__}.{base.__name__}." for base in kind.__mro__)
     names = found.keys() | {name for name in FINGERPRINTS if name.startswith(classes)}
-    changed = {name for name in names if name not in found or fingerprint(found[name]) != FINGERPRINTS.get(name)}
-    return changed | {f"{classes[0]}{name}" for name, value in vars(module).items() if isinstance(value, FunctionType)}
+    changed = {name for name in names if name not in found or fingerprint(found[name]) != FINGERPRINTS.get(name, "")}
+    own = [name for name, value in vars(module).items() if callable(value) and hasattr(kind, name)]
+    options = ("eps",) if isinstance(module, EICircuit) else ("tau", "threshold", "alpha")  # a tensor may learn
+    own += [name for name in options if isinstance(getattr(module, name, None), torch.Tensor)]
+    return changed | {f"{place}.{name}" for name in own}
 
 
 def accelerate(model, batch=None, precision="float32"):
