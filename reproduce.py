@@ -10,6 +10,7 @@ and draws the figures, all into the folder --out.
 
 import argparse
 import json
+import os
 import sys
 
 import torch
@@ -197,7 +198,7 @@ def command(args):
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    return recipes.status(lambda: command(parse(argv)), parallel.rank_asked())
+    return recipes.status(lambda: command(parse(argv)), os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":
