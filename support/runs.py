@@ -94,7 +94,7 @@ class Run:
         self.folder = Path(folder).expanduser()
         self.quoted = recipes.quoted(self.folder)
         self.data = self.after_epoch = self._lock = None
-        self._damaged, self.config, self.equations = False, config, equations() if config else {}
+        self._damaged, self.config, self.equations = False, config, {}
         if config is None:
             self.config = self._read_config()
 
@@ -120,6 +120,7 @@ class Run:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 run.lock()
                 if parallel.rank() or not holds_run(run.folder):
+                    run.equations = equations()
                     return run
                 run.close()
                 raise ValueError(f"{folder} already holds a run: --resume {run.quoted}, or choose another --out")
