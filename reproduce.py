@@ -10,6 +10,7 @@ and draws the figures, all into the folder --out.
 
 import argparse
 import json
+import os
 import sys
 
 import torch
@@ -21,16 +22,14 @@ from support import data, parallel, recipes
 from support.fast import keep_memory
 from support.runs import Run, holds_run, write_atomically
 
-SUITES = {  # the options of each run
+SUITES = {  # the settings in which the runs differ
     "paper": [  # what its figures compare
-        *[["--kind", model] for model in ("ei", "bn", "plain", "dann")],
-        *[["--eps", eps] for eps in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4")],
-        *[["--no-ste"], ["--no-grad-scaling"], ["--init", "kaiming"]],
+        *[dict(kind=kind) for kind in ("ei", "bn", "plain", "dann")],
+        *[dict(eps=eps) for eps in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)],
+        *[dict(ste=False), dict(grad_scaling=False), dict(init="kaiming")],
     ],
-    "rivals": [["--kind", model] for model in ("ei", "bn", "dann")],
-    "depth": [
-        ["--arch", arch, "--kind", model] for arch in ARCHS if arch not in ("mlp", "vgg8") for model in ("ei", "bn")
-    ],
+    "rivals": [dict(kind=kind) for kind in ("ei", "bn", "dann")],
+    "depth": [dict(arch=arch, kind=kind) for arch in ARCHS if arch not in ("mlp", "vgg8") for kind in ("ei", "bn")],
 }
 # Top-1 accuracy in % that the authors report on CIFAR-10: 300 epochs, full width.
 AUTHORS = {("vgg8", "ei"): 87.03, ("vgg11", "ei"): 88.43, ("vgg16", "ei"): 91.01, ("vgg19", "ei"): 91.36}
@@ -43,9 +42,7 @@ def parse(argv=None):
     p.add_argument("--suite", nargs="+", choices=SUITES, default=["paper"], help="which runs (paper)")
     p.add_argument("--seeds", type=recipes.count, default=1, help="E-I, BN-SNN and DANN with so many seeds from 0 (1)")
     p.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them at the end (yes)")
-    p.add_argument(
-        "--out", type=recipes.folder, default="runs", help="folder of all run folders, the table and the figures (runs)"
-    )
+    p.add_argument("--out", type=recipes.folder, default="runs", help="folder of all runs, table and figures (runs)")
     recipes.add_settings(p)
     recipes.add_ways(p)
     return p.parse_args(argv)
@@ -59,12 +56,12 @@ def plan(args):
     """
     if args.seed is not None and args.seeds > 1:
         raise ValueError("--seeds trains the seeds from 0: leave --seed out")
-    chosen = [own_options(options) for suite in args.suite for options in SUITES[suite]]
+    chosen = [own for suite in args.suite for own in SUITES[suite]]
     if differing := {key for own in chosen for key in own if getattr(args, key) is not None}:
         name = min(differing).replace("_", "-")
         raise ValueError(f"--suite {' '.join(args.suite)} chooses --{name} itself: leave it out")
     for seed in range(1, args.seeds):
-        chosen += [own_options(options) | dict(seed=seed) for options in SUITES["rivals"]]
+        chosen += [own | dict(seed=seed) for own in SUITES["rivals"]]
     given = {k: v for k, v in vars(args).items() if k not in ("suite", "seeds", "figures")}
     lacks = {"dann": ("tau", "threshold", "alpha", "T"), "bn": ("ei_ratio",), "plain": ("ei_ratio",)}
     configs = []
@@ -79,21 +76,16 @@ def plan(args):
     return configs
 
 
-def own_options(options):
-    """Options of a run as a dict, of those that are given."""
-    return {key: value for key, value in vars(recipes.parse(options)).items() if value is not None}
-
-
 def results_in(folder):
-    """What is in the result.json of each finished run in a folder, by run folder. One that is damaged is named."""
+    """What is in the result.json of each finished run in a folder, by run folder. One that is damaged is left out."""
     found = {}
     for path in sorted(folder.glob("*/result.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             row_of(result)
             found[path.parent] = result
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{path} is damaged ({type(error).__name__}: {error}): left out; delete it to have it written again")
+        except Exception as error:  # a damaged file fails in many ways
+            print(f"{path} is damaged ({type(error).__name__}: {error}): left out")
     return found
 
 
@@ -130,19 +122,17 @@ def run_all(args, device):
             if not told and rest:  # after the first epoch
                 told.append(True)
                 seconds = history[-1]["seconds"]
-                hours = seconds * rest / 3600
-                time = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.0f} minutes"
-                print(f"{seconds:.1f} s an epoch; epochs left in all runs: {rest}, about {time} at this pace")
+                print(f"{seconds:.1f} s an epoch; {rest} epochs left in all, about {seconds * rest / 60:.0f} minutes")
 
         try:
             run = Run(folder) if holds_run(folder) else None
             if run:
                 config = run.settings(config)  # one with other settings is refused
             if run and folder in results:
-                print(f"finished before, in {folder}" + ", given up at chance" * results[folder].get("given_up", False))
+                print(f"finished before, in {folder}" + ", given up at chance" * results[folder]["given_up"])
             elif status := train.train_run(run, config, args, device, folder, tell):
                 return status, failed
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             failed.append(f"{folder.name}: {' '.join(str(error).split())}")
             print(f"not trained: {error}")
         left -= config["epochs"]
@@ -165,7 +155,7 @@ def row_of(result):
         last = f"{100 * result['test_accuracy']:.2f}"
         best = f"{100 * result['best_test_accuracy']:.2f} ({result['best_epoch']})"
     cells = [" ".join(names), f"{config['width']:g}", config["seed"], f"{epochs}/{config['epochs']}", f"{seconds:.1f}"]
-    return [*cells, result["outcome"] + ", given up at chance" * result.get("given_up", False), last, best, known]
+    return [*cells, result["outcome"] + ", given up at chance" * result["given_up"], last, best, known]
 
 
 def table(folder):
@@ -197,7 +187,7 @@ def command(args):
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    return recipes.status(lambda: command(parse(argv)), parallel.rank_asked())
+    return recipes.status(lambda: command(parse(argv)), os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a table in `support/recipes.py` (`python train.py --recipes` prints it).
 
 import argparse
 import math
+import os
 import sys
 
 import torch
@@ -110,29 +111,22 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
 def train_run(run, config, args, device, folder=None, after_epoch=None):
     """Goes on with a run, or (run is None) starts one in a new folder. Returns the exit status."""
     state = None
-    with parallel.first_process_first():  # it makes the run folder whole, and decodes and caches the data
-        if run:
-            state = run.load()
-            run.say_other_equations()
-            if config["epochs"] < len(state["history"]):
-                raise ValueError(f"{run.folder} has {len(state['history'])} epochs behind it: --epochs is too few")
-            run.config["epochs"] = config["epochs"]
-        dataset, model = load_data_and_model(config, device)
-    size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large, before there is a run
-    if size % parallel.world():
-        raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
-    if run is None and parallel.rank():  # only the first process writes
-        run = Run(folder or ".", config)
-    elif run is None:
-        run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
-    elif not parallel.rank():
-        run.lock()
-    run.after_epoch = after_epoch
     try:
+        with parallel.first_process_first():  # it locks or makes the run folder, and decodes and caches the data
+            if run:
+                state = run.resume(config)
+            dataset, model = load_data_and_model(config, device)
+            size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large
+            if size % parallel.world():
+                raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
+            if run is None:
+                run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
+        run.after_epoch = after_epoch
         header(config, dataset, model, device)
         stopped = train(run, config, dataset, model, state, args.plain, args.give_up)
     finally:
-        run.close()
+        if run:
+            run.close()
     if stopped:
         print(f"stopped and saved; go on with: python train.py --resume {run.quoted}")
     return 128 + stopped if stopped else 0
@@ -145,8 +139,13 @@ def test_run(args, device):
     state = run.load("best.pt")
     run.say_other_equations()
     dataset, model = load_data_and_model(config, device)
-    other_frames = dataset.train_x.dim() == 5 and args.T is not None
-    run.check_data(state["data"], dataset, other_frames, args.other_data)
+    other_frames = dataset.train_x.dim() == 5 and args.T is not None  # the samples differ in any case
+    but = ("train", "test", "shape") if other_frames else ("train",)
+    if different := data.differences(state["data"], data.identity(dataset), but):
+        if not args.other_data or len(state["data"]["classes"]) != dataset.n_classes:
+            advice = "--other-data tests on other data with as many classes"
+            raise ValueError(f"these data are not those of {run.folder}: {different}; {advice}")
+        print(f"other data than those of the training: {different}")
     restore(model, state["model"], run.folder / "best.pt")
     sample, _ = data.sample(dataset, config["T"])
     if not args.plain:
@@ -166,7 +165,8 @@ def test_run(args, device):
             print(f"the BN-SNN beside it, {rival}, was made with other {', '.join(differ)}: not compared")
             return 0
         print("beside it, BN-SNN:")
-        return test_run(argparse.Namespace(**vars(args) | dict(eval=rival)), device)
+        how = {key: vars(args)[key] for key in ("data_root", "T", "other_data", "plain")}
+        return test_run(argparse.Namespace(**vars(recipes.parse(["--eval", str(rival)])) | how), device)
     except (ValueError, OSError) as error:  # this run's own test is done
         print(f"the BN-SNN beside it is not compared: {error}")
         return 0
@@ -193,7 +193,7 @@ def command(args):
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    return recipes.status(lambda: command(recipes.parse(argv)), parallel.rank_asked())
+    return recipes.status(lambda: command(recipes.parse(argv)), os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -2,40 +2,34 @@
 
 import math
 import signal
+import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
 from support import data, parallel
 from support.measure import first_nonfinite, histograms
-from support.runs import CHECKPOINT, restore
-
-SAY_EVERY = 60.0  # seconds
+from support.runs import CHECKPOINT, outcome, restore
 
 
-class StopRequest:
-    """While it is open, Ctrl-C, SIGTERM and a closed terminal only set `signal`, so that the training can save its
-    state and end.
-
-    with StopRequest() as stop: ... if stop.signal: save and leave
+@contextmanager
+def stop_requests():
+    """For a `with` block, Ctrl-C, SIGTERM and a closed terminal only add their number to a list, so that the training
+    can save its state and end. What is ignored (nohup) stays ignored.
     """
-
-    def __enter__(self):
-        self.signal, self._before = None, {}
-        if threading.current_thread() is threading.main_thread():  # no other thread receives signals
-            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            self._before = {getattr(signal, name): None for name in names}
-            for number in self._before:
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number, _):
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other thread receives signals
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -50,18 +44,17 @@ class Progress:
         give_up: end the training when the network is at chance for a third of its epochs.
 
     Raises:
-        ValueError: `state` is of another network or of other data. Nothing was written then.
+        ValueError: `state` is of another network, of other data or of more epochs. Nothing was written then.
     """
 
     def __init__(self, run, config, dataset, model, optimizer, state=None, give_up=False):
         self.run, self.config, self.dataset, self.model, self.optimizer = run, config, dataset, model, optimizer
         self.steps_per_epoch = len(dataset.train_y) // config["batch_size"]
-        self.device = dataset.train_x.device
         self.step, self.spent, self.history, self.recorded = 0, 0.0, [], []
         self.sample = data.sample(dataset, config["T"], 64)[0]  # for histograms
-        self.sums = torch.zeros(4, device=self.device)  # of loss, accuracy, finite steps, requests to stop
+        self.sums = torch.zeros(4, device=dataset.train_x.device)  # of loss, accuracy, finite steps, requests to stop
         self.stopped = self.broken = None  # the number of the signal; the layer that is not finite
-        self.give_up, self.given_up = give_up, False
+        self.give_up, self.given_up = bool(give_up), False
         self.rates = [group["lr"] for group in optimizer.param_groups]
         run.data = data.identity(dataset)
         if state is None:
@@ -71,6 +64,9 @@ class Progress:
         if different := data.differences(state["data"], run.data):
             where = f"the data in {config['data_root']}"
             raise ValueError(f"{where} are not those with which {run.folder} was begun: {different}")
+        if config["epochs"] < max(state["step"] / self.steps_per_epoch, config["warmup_epochs"]):
+            behind = f"{len(state['history'])} epochs behind it, and a warm-up of {config['warmup_epochs']:g}"
+            raise ValueError(f"--epochs {config['epochs']} is too few: {run.folder} has {behind}")
         restore(model, state["model"], run.folder / CHECKPOINT)
         restore(optimizer, state["optimizer"], run.folder / CHECKPOINT)
         self.step, self.spent, self.history = state["step"], state["seconds"], state["history"]
@@ -85,25 +81,22 @@ class Progress:
         state |= dict(sums=list(sums), seconds=seconds, history=self.history, histograms=self.recorded)
         self.run.save(state)
 
-    def _is_finite(self):
-        """Whether all that would be saved of the network is finite; if not, the layer that is not ends the training."""
-        finite = all(value.isfinite().all() for value in self.model.state_dict().values())
-        if not finite:
-            self._break()
-        return finite
-
     def _break(self):
         """Ends the training because of a number that is not finite, and finds out in which layer."""
         self.stopped, self.broken = None, first_nonfinite(self.model, self.x, self.y)
 
-    @property
-    def over(self):
-        return self.stopped or self.broken or self.given_up
+    def _is_finite(self):
+        """Whether all that would be saved of the network is finite; if not, that ends the training."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            self._break()
+        return not self.broken
 
     def epochs(self):
         """The epochs that are left, from 0, until the end or until the training has to stop."""
-        with StopRequest() as self.stop:
-            while self.step < self.config["epochs"] * self.steps_per_epoch and not self.over:
+        with stop_requests() as self.signals:
+            while self.step < self.config["epochs"] * self.steps_per_epoch:
+                if self.stopped or self.broken or self.given_up:
+                    return
                 yield self.step // self.steps_per_epoch
 
     def batches(self, epoch):
@@ -111,37 +104,34 @@ class Progress:
 
         Reading a number waits for a GPU, so it happens once in 20 steps there.
         """
-        read_every = 1 if self.device.type == "cpu" else 20
+        read_every = 1 if self.sums.is_cpu else 20
         order = data.epoch_order(self.config, self.dataset, epoch)
         first, self.start, self.spent = self.step % len(order), time.perf_counter() - self.spent, 0.0
-        self.interrupted, said = True, time.perf_counter()
-        bar = tqdm(total=len(order), initial=first, leave=False, disable=bool(parallel.rank()) or None)
-        bar.set_description(f"epoch {epoch + 1}/{self.config['epochs']}")
-        with bar:
+        self.interrupted = True
+        rest = 0 if sys.stderr.isatty() else 60  # seconds; in a file or a notebook the bar is not drawn so often
+        how = dict(desc=f"epoch {epoch + 1}/{self.config['epochs']}", total=len(order), initial=first, leave=False)
+        with tqdm(**how, disable=parallel.rank() > 0, delay=rest, mininterval=max(rest, 0.1)) as bar:
             for i in range(first, len(order)):
                 self.x, self.y = data.training_batch(self.config, self.dataset, order[i], self.step)
                 yield self.step, parallel.share(self.x), parallel.share(self.y)
                 self.step += 1
                 if (i + 1) % read_every and i + 1 < len(order):
                     continue
-                self.sums[3] = self.stop.signal is not None
+                self.sums[3] = bool(self.signals)
                 loss, accuracy, finite, stopped = (parallel.total(self.sums.clone()) / parallel.world()).tolist()
                 if finite < i + 1:
                     self._break()
                     return
-                bar.update(i + 1 - bar.n)
-                now = time.perf_counter()
-                rate = (i + 1) * len(self.y) / (now - self.start)
+                seconds = time.perf_counter() - self.start
+                rate = (i + 1) * len(self.y) / seconds
                 how_far = f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}, {rate:.0f} images/s"
-                bar.set_postfix_str(how_far)
-                if bar.disable and now - said > SAY_EVERY and i + 1 < len(order):  # no terminal shows the bar
-                    print(f"epoch {epoch + 1}, step {i + 1}/{len(order)}: {how_far}", flush=True)
-                    said = now
+                bar.set_postfix_str(how_far, refresh=False)
+                bar.update(i + 1 - bar.n)
                 if stopped:
-                    self.stopped = self.stop.signal or signal.SIGTERM  # of another process
+                    self.stopped = (self.signals or [signal.SIGTERM])[0]  # or of another process
                     if i + 1 < len(order):
                         if self._is_finite():
-                            self._save((loss, accuracy, finite), now - self.start)
+                            self._save((loss, accuracy, finite), seconds)
                         return
         self.interrupted = False
         self.means = loss / len(order), accuracy / len(order)
@@ -168,10 +158,11 @@ class Progress:
         self._save()
         print(f"epoch {epoch:3d}  loss {row['train_loss']:.4f}  test accuracy {test_accuracy:.2%}", end="  ")
         print(f"{row['seconds']:.0f} s  firing rates", " ".join(f"{r:.3f}" for r in rates), flush=True)
-        if parallel.world() == 1:
-            self.stopped = self.stopped or self.stop.signal
-        chance = all(row["test_accuracy"] <= 1.5 * self.dataset.chance for row in self.history)
-        self.given_up = self.give_up and chance and 3 * epoch >= self.config["epochs"] > epoch
+        if parallel.world() == 1 and self.signals:
+            self.stopped = self.signals[0]
+        accuracies = [row["test_accuracy"] for row in self.history]
+        at_chance = outcome(accuracies, self.dataset.chance) == "failed to converge"
+        self.given_up = self.give_up and at_chance and 3 * epoch >= self.config["epochs"] > epoch
         if self.run.after_epoch:
             self.run.after_epoch(self.history)
 

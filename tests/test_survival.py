@@ -1,214 +1,254 @@
-"""A training that is killed, stopped, damaged or short of disk ends, resumed, with the same bits as an undisturbed one.
+"""Trainings that are killed, stopped, damaged or short of disk, as processes of their own. Resumed, each ends with the
+same bits as one that nothing disturbed.
 
-Each training is a process of its own, see `soak.start`; on the CPU, with a narrow network.
+SOAK=200 in the environment kills one training 200 times, at other moments each time, and tries as many damaged files.
 """
 
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-import soak
+import torch
+from tqdm import tqdm
+from trainings import STEPS, TINY, end, load, main, snapshot, stop_at
 
+import train
+from support import data, runs
 from support.runs import Run
 
 if sys.platform == "win32":
     pytest.skip("it sends signals and limits resources as POSIX systems do", allow_module_level=True)
 
-EPOCHS = 4
+pytestmark = pytest.mark.slow
+HERE = Path(train.__file__).parent
+FORKS = multiprocessing.get_context("forkserver")  # processes that need not import PyTorch again
+FORKS.set_forkserver_preload(["train", "trainings"])
+SOAK = int(os.environ.get("SOAK", 20))
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return soak.make_images(tmp_path_factory.mktemp("images"))
+def _train(arguments, log, before):
+    with open(log, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process would leave behind
+    data.load = load
+    if before:
+        before[0](*before[1:])
+    sys.exit(train.main(arguments))
 
 
-@pytest.fixture(scope="module")
-def options(images):
-    return soak.options(images, EPOCHS)
+def start(*arguments, log="log", before=None):
+    """Starts `train.py arguments` in a process of its own; what it says goes to a file. before: a function and its
+    arguments, called there first."""
+    process = FORKS.Process(target=_train, args=([str(a) for a in arguments], log, before))
+    process.start()
+    return process
 
 
-@pytest.fixture(scope="module")
-def undisturbed(options, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert finished([*options, "--out", folder], folder.with_suffix(".log")) == 0
-    return folder
-
-
-def finished(arguments, log, before=None):
-    """The exit status of a training, at its end."""
-    process = soak.start(arguments, log, before)
+def ended(*arguments, log="log", before=None):
+    """The exit status of a training, at its end, and what it said."""
+    Path(log).unlink(missing_ok=True)
+    process = start(*arguments, log=log, before=before)
     process.join(60)
-    assert not process.is_alive() and "Traceback" not in Path(log).read_text()
-    return process.exitcode
+    said = Path(log).read_text()
+    assert not process.is_alive() and "Traceback" not in said, said
+    return process.exitcode, said
 
 
-def resume_and_compare(folder, undisturbed):
-    """Goes on with a run to its end, which must be that of the undisturbed one; returns what was printed."""
-    log = folder.with_suffix(".resumed")
-    assert finished(["--resume", folder], log) == 0
-    assert soak.outcome(folder) == soak.outcome(undisturbed)
-    assert (folder / "result.json").exists() and not list(folder.glob(".*.tmp"))
-    return log.read_text()
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "calm"
+    assert ended(*TINY, "--out", folder, log=str(folder) + ".log")[0] == 0
+    return end(folder)
 
 
-def kill_at(call):
-    """SIGKILL in place of the rename, counted from the start of the process, whose number is in the environment."""
-
-    def replace(*args):
-        replace.left -= 1
-        if replace.left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(*args)
-
-    original, replace.left = os.replace, call
-    os.replace = replace
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-class Before:
-    """A function and its arguments, to be called in another process."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __call__(self):
-        function, args = self.call
-        function(*args)
+def slow(seconds):
+    """Each step takes longer, so that a signal meets the middle of an epoch."""
+    original = train.clamp_dale
+    train.clamp_dale = lambda model: (time.sleep(seconds), original(model))
 
 
-@pytest.mark.parametrize("renames", range(1, 12))
-def test_killed_at_each_rename(renames, options, undisturbed, tmp_path):
-    """0 to 3 are of the state before the first step (checkpoint.pt, config.json, metrics.csv, histograms.json), 4 to 8
-    of the first epoch (checkpoint.pt to checkpoint.prev.pt, checkpoint.pt, best.pt and the last two), then the second.
-    """
-    folder = tmp_path / "r"
-    assert finished([*options, "--out", folder], tmp_path / "log", Before(kill_at, renames)) == -signal.SIGKILL
-    resume_and_compare(folder, undisturbed)
-
-
-def wait_for(folder, epoch, process):
-    while not (folder / "metrics.csv").exists() or (folder / "metrics.csv").read_text().count("\n") < epoch + 1:
-        assert process.is_alive()
+def wait_for(folder, epoch, alive):
+    metrics = Path(folder) / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < epoch + 1:
+        assert alive()
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_or_stopped_in_an_epoch(how, options, undisturbed, tmp_path):
-    folder = tmp_path / "r"
-    process = soak.start([*options, "--out", folder], tmp_path / "log", slow)
-    wait_for(folder, 1, process)
-    time.sleep(0.15)  # of the 0.6 s of an epoch
+# ---- killed and stopped
+
+
+def kill_at(call):
+    """SIGKILL in place of a rename, counted from 0."""
+    original, left = os.replace, [call]
+
+    def replace(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*arguments)
+
+    os.replace = replace
+
+
+@pytest.mark.parametrize("renames", range(1, 14))
+def test_killed_at_each_rename(renames, calm):
+    """Four are of the state before the first step. Then an epoch has two for best.pt, if it is better, two for the
+    checkpoint and the one before, and three for the tables."""
+    assert ended(*TINY, "--out", "r", before=(kill_at, renames))[0] == -signal.SIGKILL
+    step = Run("r").load()["step"]
+    assert step == STEPS * ((renames >= 8) + (renames >= 13))
+    assert ended("--resume", "r")[0] == 0
+    assert end(Path("r")) == calm and not [name for name in os.listdir("r") if name.startswith(".check")]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_in_the_middle_of_an_epoch(how, calm):
+    process = start(*TINY, "--out", "r", before=(slow, 0.1))
+    wait_for("r", 1, process.is_alive)
+    time.sleep(0.25)
     os.kill(process.pid, how)
     process.join(20)
-    text = (tmp_path / "log").read_text()
-    assert process.exitcode == (-how if how == signal.SIGKILL else 128 + how) and "Traceback" not in text
-    step = Run(folder).load()["step"]
-    assert step == 6 if how == signal.SIGKILL else 6 < step < 12 and "stopped and saved" in text
-    resume_and_compare(folder, undisturbed)
+    step, killed = Run("r").load()["step"], how == signal.SIGKILL
+    assert process.exitcode == (-how if killed else 128 + how) and "Traceback" not in Path("log").read_text()
+    assert step == STEPS if killed else STEPS < step < 2 * STEPS
+    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm
 
 
-def slow():
-    import train
-
-    original = train.clamp_dale  # once a step
-    train.clamp_dale = lambda model: (time.sleep(0.1), original(model))[1]
-
-
-def test_ctrl_c_twice(options, undisturbed, tmp_path):
-    """Of the program itself: the first saves, the second, whenever it comes, does no harm."""
-    narrow = "import model, runpy, sys, soak; model.PLANS['vgg8'] = soak.NARROW; sys.argv[0] = 'train.py';"
-    narrow += "import test_survival; test_survival.slow_disk(); runpy.run_path('train.py', run_name='__main__')"
-    path = os.pathsep.join([str(Path(soak.__file__).parent), str(Path(soak.__file__).parents[1])])
-    process = subprocess.Popen(
-        [sys.executable, "-c", narrow, *options, "--out", tmp_path / "r"],
-        cwd=Path(soak.__file__).parents[1],
-        env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def program(*arguments, n=1, before="", **options):
+    """The program itself, on a few digits; with n > 1 by torchrun."""
+    Path("program.py").write_text(
+        "import runpy, sys, time, train, trainings; from support import data; data.load = trainings.load\n"
+        f"if __name__ == '__main__':\n    {before or 'pass'}\n    sys.exit(train.main(sys.argv[1:]))"
     )
-    while not (tmp_path / "r" / "metrics.csv").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    while process.poll() is None:  # again and again until it is gone: in saving, after it, and as the interpreter ends
+    command = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={n}"] * (n > 1) + ["program.py", *arguments]
+    paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    return subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1"), text=True, **pipes)
+
+
+def test_ctrl_c_again_and_again(calm):
+    process = program(
+        *TINY, "--out", "r", before="s = train.clamp_dale; train.clamp_dale = lambda m: (time.sleep(0.1), s(m))"
+    )
+    wait_for("r", 1, lambda: process.poll() is None)
+    while process.poll() is None:  # in saving, after it, and as the interpreter ends
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    text = process.stdout.read()
-    assert process.returncode == 130 and "Traceback" not in text and "KeyboardInterrupt" not in text, text
-    assert Run(tmp_path / "r").load()["step"] < 24
-    resume_and_compare(tmp_path / "r", undisturbed)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert STEPS < Run("r").load()["step"] < 2 * STEPS
+    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm
 
 
-def slow_disk():
-    original = os.fsync
-    os.fsync = lambda file: (time.sleep(0.1), original(file))
+def test_killed_many_times_and_damaged_now_and_then(calm):
+    rng, kills, folder = random.Random(SOAK), 0, Path("r")
+    while kills < SOAK:
+        resume = runs.saved(folder)
+        process = start(*(["--resume", "r"] if resume else [*TINY, "--out", "r"]), before=(slow, 0.02))
+        process.join(rng.uniform(0, 0.6))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), Path("log").read_text()
+        kills += 1
+        if process.exitcode == 0:
+            shutil.rmtree(folder)
+        elif rng.random() < 0.2 and (folder / "checkpoint.prev.pt").exists() and (folder / "checkpoint.pt").exists():
+            flip(rng.choice([file for file in sorted(folder.iterdir()) if file.name != "best.pt"]), rng)
+    assert ended("--resume" if runs.saved(folder) else "--out", "r", *([] if runs.saved(folder) else TINY))[0] == 0
+    assert "Traceback" not in Path("log").read_text() and end(folder) == calm
+
+
+def flip(path, rng):
+    raw = bytearray(path.read_bytes() or b"x")
+    raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    path.write_bytes(raw)
+
+
+# ---- disk, lock, streams
 
 
 def limit_files(n):
     import resource
 
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 
 
 def full_after(writes):
+    original, left = os.fsync, [writes]
+
     def fsync(file):
-        fsync.left -= 1
-        if fsync.left < 0:
+        left[0] -= 1
+        if left[0] < 0:
             raise OSError(28, os.strerror(28))
         original(file)
 
-    original, fsync.left = os.fsync, writes
     os.fsync = fsync
 
 
 @pytest.mark.parametrize("writes", [5, 6, 7, 9])
-def test_full_disk(writes, options, undisturbed, tmp_path):
-    folder, log = tmp_path / "r", tmp_path / "log"
-    assert finished([*options, "--out", folder], log, Before(full_after, writes)) == 2
-    assert [line for line in log.read_text().splitlines() if line.startswith("error: cannot write")]
-    assert finished(["--resume", folder], log, Before(limit_files, 1000)) == 2  # still full, and nothing gets worse
-    resume_and_compare(folder, undisturbed)
+def test_a_full_disk(writes, calm):
+    status, said = ended(*TINY, "--out", "r", before=(full_after, writes))
+    assert status == 2 and said.splitlines()[-1].startswith("error: cannot write r/") and "intact" in said
+    before = snapshot(Path("r"))[0]["checkpoint.pt"]
+    status, said = ended("--resume", "r", before=(limit_files, 1000))  # still full, and nothing gets worse
+    assert status == 2 and "error: cannot write" in said and snapshot(Path("r"))[0]["checkpoint.pt"] == before
+    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm
 
 
-@pytest.fixture
-def killed(options, tmp_path):
-    """The folder of a run that was killed in its third epoch."""
-    assert finished([*options, "--out", tmp_path / "r"], tmp_path / "log", Before(kill_at, 16)) == -signal.SIGKILL
-    return tmp_path / "r"
-
-
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
-def test_damaged_files(how, killed, undisturbed):
-    for name in ("checkpoint.pt", "best.pt", "metrics.csv"):
-        path = killed / name
-        raw = bytearray(path.read_bytes())
-        raw[len(raw) // 3] ^= 16
-        path.write_bytes(dict(truncated=raw[: len(raw) // 2], flipped=raw, missing=b"", empty=b"")[how])
-        if how == "missing":
-            path.unlink()
-    text = resume_and_compare(killed, undisturbed)
-    assert "the one before is used" in text
-
-
-def test_a_metrics_file_that_ends_in_the_middle_of_a_line(killed, undisturbed):
-    text = (killed / "metrics.csv").read_text()
-    (killed / "metrics.csv").write_text(text[:-20])
-    resume_and_compare(killed, undisturbed)
-
-
-def test_a_second_process_is_refused_and_does_no_harm(options, undisturbed, tmp_path):
-    folder, log = tmp_path / "r", tmp_path / "log2"
-    first = soak.start([*options, "--out", folder], tmp_path / "log", slow)
-    wait_for(folder, 1, first)
-    assert finished(["--resume", folder], log) == 2
-    assert finished([*options, "--out", folder], log) == 2
-    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 and all("in use" in line for line in errors)
-    assert finished(["--eval", folder], log) == 0  # which only reads
+def test_a_second_process_is_refused_and_does_no_harm(calm):
+    first = start(*TINY, "--out", "r", before=(slow, 0.3))
+    wait_for("r", 1, first.is_alive)
+    for arguments in (["--resume", "r"], [*TINY, "--out", "r"]):
+        status, said = ended(*arguments, log="second")
+        assert status == 2 and said.count("\n") == 1 and "error: r is in use: another process" in said
+    assert ended("--eval", "r", log="second")[0] == 0  # which only reads
     assert first.is_alive()
     first.kill()
     first.join()
-    resume_and_compare(folder, undisturbed)  # its lock went with it
+    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm  # its lock went with it
+
+
+def test_a_forked_child_does_not_keep_the_lock():
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        Run.create("r", Run("calm", {}).config)  # locked
+        child = os.fork()
+        if child:
+            os.write(writing, str(child).encode())
+            os.kill(os.getpid(), signal.SIGKILL)  # without `close`
+        time.sleep(60)
+    os.waitpid(parent, 0)
+    child = int(os.read(reading, 20))
+    os.kill(child, 0)  # it lives
+    run = Run.create("r", {})
+    run.close()
+    os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["| head -n 1", "> /dev/full", "2>&-", "<&- >&- 2>&-"])
+def test_nobody_reads(where, calm):
+    text = "import sys, train, trainings; from support import data; data.load = trainings.load; sys.exit(train.main(sys.argv[1:]))"
+    paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
+    command = f'"{sys.executable}" -c "{text}" {" ".join(TINY)} --out r {where}'
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=os.environ | dict(PYTHONPATH=paths), capture_output=True
+    )
+    assert done.returncode == 0 and end(Path("r")) == calm and b"Traceback" not in done.stderr, done.stderr

@@ -1,247 +1,118 @@
-"""The command line, from start to end, on a folder of a few small images."""
+"""The command line from start to end, on a few digits with a narrow MLP: training, resuming, testing, refusing."""
 
 import csv
+import io
 import json
 import math
 import os
-import pickle
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
+import threading
 
 import pytest
-import soak
 import torch
-from PIL import Image
+from torch import nn
+from trainings import FEW, PLACES, STEPS, TINY, end, fails, load, main, snapshot, stop_at
 
 import train
-from support import data, progress, recipes
+from model import build
+from support import data, parallel, progress, recipes, runs
 from support.runs import Run
 
-TRAIN = Path(train.__file__)
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", load)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return soak.make_images(tmp_path_factory.mktemp("images"))
+def calm(tmp_path_factory):
+    """A finished run that nothing disturbed. It is not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "calm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", load)
+        assert main(*TINY, "--out", folder) == 0
+    return folder
 
 
 @pytest.fixture
-def options(images):
-    return ["--arch", "vgg8", "--data", "folder", "--data-root", str(images), "--batch-size", "4", "--T", "2"]
+def finished(calm, tmp_path):
+    return shutil.copytree(calm, tmp_path / "digits-mlp-ei-width0.1-seed0")
 
 
-def run_and_fail(capsys, *arguments):
-    """The one line on stderr with which the command ends, its exit status being 2."""
-    try:
-        status = train.main([str(a) for a in arguments])
-    except SystemExit as exit:  # argparse
-        status = exit.code
-    out, err = capsys.readouterr()
-    assert status == 2, out + err
-    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
-    return err
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run that was stopped after the second step of its second epoch."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS + 2)
+        assert main(*TINY, "--out", tmp_path / "r") == 128 + signal.SIGTERM
+    return tmp_path / "r"
 
 
-def parameters(folder):
-    return Run(folder).load()["model"]
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+# ---- one step
 
 
-def test_the_run_folder_and_what_is_printed(options, tmp_path, capsys):
-    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "r")]) == 0
-    out = capsys.readouterr().out
-    for word in (
-        "cpu",
-        "folder: 24 training",
-        "vgg8 ei",
-        "excitatory",
-        "inhibitory",
-        "parameters",
-        "batch_size=4",
-        "lr=0.002",
-    ):
-        assert word in out
-    assert "firing rates" in out and str(tmp_path / "r") in out.splitlines()[-1]
-    config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert config["lr"] == 0.002 and config["batch_size"] == 4 and config["warmup_epochs"] == pytest.approx(2 / 30)
-    with open(tmp_path / "r" / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"] and "rate_5" in rows[0] and "rate_6" not in rows[0]
-    assert all(math.isfinite(float(v)) for row in rows for v in row.values())
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert result["outcome"] in ("converged", "failed to converge") and result["epochs"] == 2
-    assert result["test_accuracy"] == float(rows[1]["test_accuracy"])
-    assert (tmp_path / "r" / "best.pt").exists()
-    best = max(rows, key=lambda row: float(row["test_accuracy"]))
-    assert train.main(["--eval", str(tmp_path / "r")]) == 0
-    out = capsys.readouterr().out
-    assert f"test accuracy {float(best['test_accuracy']):.2%}, loss {float(best['test_loss']):.4f}" in out
-    assert out.count("firing rates") == 1
+def step(model, x, y, optimizer=torch.optim.SGD, **options):
+    how = dict(lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    sgd = optimizer(model.parameters(), **how)
+    return [train.train_step(model, sgd, x, y, **options), sgd]
 
 
-def test_eval_counts_costs_beside_bn_snn_and_at_other_time_steps(finished, options, tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "folder-vgg8-ei-seed0"
-    shutil.copytree(finished, folder)
-    assert train.main(["--eval", str(folder), "--T", "3"]) == 0
-    out = capsys.readouterr().out
-    assert "T=3" in out and "accumulates" in out and "no BN-SNN with a finished epoch" in out
-    bn = tmp_path / "folder-vgg8-bn-seed0"
-    (bn / "best.pt").parent.mkdir()
-    (bn / "checkpoint.pt").touch()  # its first epoch is not over
-    assert train.main(["--eval", str(folder)]) == 0 and "no BN-SNN with a finished epoch" in capsys.readouterr().out
-    shutil.rmtree(bn)
-    other = shutil.copytree(folder, bn) / "config.json"
-    other.write_text(json.dumps(json.loads(other.read_text()) | dict(epochs=7)))
-    assert train.main(["--eval", str(folder)]) == 0
-    assert "folder-vgg8-bn-seed0, was made with other epochs: not compared" in capsys.readouterr().out
-    shutil.rmtree(bn)
-    monkeypatch.chdir(folder)
-    assert train.main([*options, "--model", "bn", "--epochs", "1", "--out", str(bn)]) == 0
-    capsys.readouterr()
-    assert train.main(["--eval", "."]) == 0
-    out = capsys.readouterr().out
-    assert out.count("accumulates") == 2 and str(bn) in out and "T=2" in out
-    assert "was made with arch=vgg8, not vgg11" in run_and_fail(capsys, "--eval", folder, "--arch", "vgg11")
+def batch(model):
+    x, y = data.to_input(FEW.train_x[:8]), FEW.train_y[:8]
+    runs.prepare(dict(init="ei", seed=0, batch_size=8), FEW, model)
+    return x, y
 
 
-@pytest.mark.parametrize("kind", ["bn", "plain"])
-def test_baselines_train(kind, options, tmp_path):
-    assert train.main([*options, "--model", kind, "--epochs", "1", "--out", str(tmp_path / "r")]) == 0
+def test_a_step_goes_down_the_gradient_and_keeps_dales_law():
+    model = build("mlp", 1, 10, 2, image_size=8, width=0.1)
+    x, y = batch(model)
+    logits = model(x)
+    nn.functional.cross_entropy(logits, y).backward()
+    expected = {name: p - 0.1 * (p.grad + 5e-4 * p) for name, p in model.named_parameters()}
+    (loss, accuracy, finite), sgd = step(model, x, y)
+    assert loss == nn.functional.cross_entropy(logits, y) and accuracy == (logits.argmax(1) == y).float().mean()
+    assert finite and not loss.requires_grad and len(sgd.state) == len(expected)
+    for name, p in model.named_parameters():
+        bound = expected[name] if name.endswith("b_e") else expected[name].clamp(min=0)
+        torch.testing.assert_close(p.detach(), bound.detach())
 
 
-def test_the_same_seed_gives_the_same_run(options, tmp_path):
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        assert train.main([*options, "--epochs", "1", "--seed", seed, "--out", str(tmp_path / name)]) == 0
-    a, b, c = (parameters(tmp_path / name) for name in "abc")
-    assert same(a, b) and not same(a, c)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_with_a_number_that_is_not_finite_changes_nothing(where, bad):
+    model = build("mlp", 1, 10, 2, kind="bn" if where == "loss" else "ei", image_size=8, width=0.1)
+    x, y = batch(model) if where == "gradient" else (data.to_input(FEW.train_x[:8]), FEW.train_y[:8])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    assert train.train_step(model, sgd, x, y)[2]
+    parameters = [p.detach().clone() for p in model.parameters()]
+    momentum = [sgd.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    if where == "gradient":
+        next(model.parameters()).register_hook(lambda g: g.index_fill(1, torch.tensor([3]), bad))
+    else:
+        model.readout.register_forward_hook(lambda module, args, out: out + bad)
+    assert not train.train_step(model, sgd, x, y, clip_norm=1.0)[2]
+    for p, before, buffer in zip(model.parameters(), parameters, momentum, strict=True):
+        assert torch.equal(p, before) and torch.equal(sgd.state[p]["momentum_buffer"], buffer)
+        assert not p.grad.any()
 
 
-def test_recording_histograms_changes_no_result(options, tmp_path, monkeypatch):
-    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "with")]) == 0
-    recorded = json.loads((tmp_path / "with" / "histograms.json").read_text())
-    assert len(recorded) == 3 and len(recorded[0]) == 5
-    neurons = [64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4, 512 * 2 * 2]
-    for epoch in recorded:
-        for layer, n in zip(epoch, neurons, strict=True):
-            assert sum(layer["i_int"]) == sum(layer["u"]) == n * 6 * 2  # test images, time steps
-    monkeypatch.setattr(progress, "histograms", lambda *_: [])
-    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "without")]) == 0
-    assert same(parameters(tmp_path / "with"), parameters(tmp_path / "without"))
-
-
-def start(arguments, folder):
-    return subprocess.Popen(
-        [sys.executable, TRAIN, *arguments, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def wait_for_epoch(folder, epoch, process):
-    metrics = folder / "metrics.csv"
-    while not metrics.exists() or metrics.read_text().count("\n") < epoch + 1:
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    options = ["--data", "folder", "--data-root", str(images), "--batch-size", "4", "--T", "2", "--epochs", "4"]
-    assert train.main([*options, "--out", str(folder)]) == 0
-    return parameters(folder)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="it sends signals")
-@pytest.mark.parametrize("epoch, how", [(1, getattr(signal, "SIGKILL", 9)), (2, signal.SIGINT)])
-def test_killed_and_resumed_ends_bit_identical(epoch, how, options, undisturbed, tmp_path, capsys):
-    """The program itself and the whole VGG-8; test_survival has the other ways to end, with a narrow one."""
-    process = start([*options, "--epochs", "4"], tmp_path / "r")
-    wait_for_epoch(tmp_path / "r", epoch, process)
-    time.sleep(0.15)  # into the next epoch
-    process.send_signal(how)
-    status = process.wait()
-    assert status == (-how if how == signal.SIGKILL else 128 + how)
-    assert not (tmp_path / "r" / "result.json").exists()
-    step = Run(tmp_path / "r").load()["step"]
-    assert step >= epoch * 6
-    assert train.main(["--resume", str(tmp_path / "r")]) == 0
-    assert same(parameters(tmp_path / "r"), undisturbed)
-    assert (tmp_path / "r" / "metrics.csv").read_text().count("\n") == 5
-
-
-def test_an_epoch_lasts_as_long_as_its_parts(options, tmp_path, monkeypatch):
-    def clamp_and_stop(model):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return clamp(model)
-
-    clamp, resume = train.clamp_dale, Run.resume
-    monkeypatch.setattr(train, "clamp_dale", clamp_and_stop)
-    assert train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")]) == 128 + signal.SIGTERM
-    monkeypatch.undo()
-    state = Run(tmp_path / "r").load()
-    assert state["step"] == 1 and state["epoch_seconds"] > 0
-    monkeypatch.setattr(Run, "resume", lambda run: resume(run) | dict(epoch_seconds=1000.0))
-    assert train.main(["--resume", str(tmp_path / "r")]) == 0
-    (row,) = csv.DictReader((tmp_path / "r" / "metrics.csv").open())
-    assert 1000 < float(row["seconds"]) < 1500
-
-
-def test_resuming_a_finished_run_changes_nothing(options, tmp_path):
-    train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")])
-    before, result = parameters(tmp_path / "r"), (tmp_path / "r" / "result.json").read_text()
-    assert train.main(["--resume", str(tmp_path / "r")]) == 0
-    assert same(before, parameters(tmp_path / "r")) and result == (tmp_path / "r" / "result.json").read_text()
-
-
-def test_resuming_with_other_data_is_refused(options, tmp_path, capsys, monkeypatch):
-    root = soak.make_images(tmp_path / "images")
-    options = [*options, "--data-root", str(root), "--epochs", "2", "--out", str(tmp_path / "r")]
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a: (signal.raise_signal(signal.SIGTERM), evaluate(*a))[1])
-    assert train.main(options) == 128 + signal.SIGTERM
-    monkeypatch.undo()
-    (root / "train" / "lower").rename(root / "train" / "zebra")  # the same images, the other way round
-    (root / "test" / "lower").rename(root / "test" / "zebra")
-    assert "are not those with which" in run_and_fail(capsys, "--resume", tmp_path / "r")
-    root.rename(tmp_path / "moved")
-    for split in ("train", "test"):
-        (tmp_path / "moved" / split / "zebra").rename(tmp_path / "moved" / split / "lower")
-    assert train.main(["--resume", str(tmp_path / "r"), "--data-root", str(tmp_path / "moved")]) == 0
-
-
-def test_a_loss_that_is_not_finite_names_the_layer(options, tmp_path, capsys, monkeypatch):
-    def poison(model, batch):
-        with torch.no_grad():
-            model.encoder.stages[2].circuit.b_e[0] = float("nan")  # as a comparison, u >= theta is False: silence
-
-    monkeypatch.setattr("support.runs.initialize", poison)
-    assert train.main([*options, "--epochs", "2", "--out", str(tmp_path / "r")]) == 0
-    assert "encoder.stages.2.circuit" in capsys.readouterr().out
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert result["outcome"] == "failed to converge" and result["first_nonfinite_layer"] == "encoder.stages.2.circuit"
-    assert "has no best.pt: the training broke off" in run_and_fail(capsys, "--eval", tmp_path / "r")
-
-
-def test_the_recipe_follows_data_arch_and_model():
-    def of(*arguments):
-        return recipes.settings(recipes.parse(arguments))
-
-    assert of()["arch"] == "vgg8" and of()["data"] == "digits" and of()["T"] == 4
-    cifar = of("--data", "cifar10")
-    assert (cifar["lr"], cifar["warmup_epochs"], cifar["epochs"], cifar["batch_size"]) == (0.002, 10, 300, 128)
-    deep = of("--data", "cifar100", "--arch", "vgg16")
-    assert (deep["lr"], deep["warmup_epochs"], deep["weight_decay"]) == (0.001, 30, 5e-4)
-    bn = of("--data", "cifar10", "--model", "bn")
-    assert (bn["lr"], bn["warmup_epochs"], bn["weight_decay"]) == (0.1, 0, 1e-4)
-    short = of("--data", "cifar10", "--epochs", "30")
-    assert short["warmup_epochs"] == pytest.approx(1)
-    assert of("--data", "cifar10", "--epochs", "30", "--warmup-epochs", "7", "--lr", "0.5")["warmup_epochs"] == 7
+def test_gradients_are_guarded_and_clipped():
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert train.guard_gradients(torch.tensor(1.0), layer) and layer.weight.grad.tolist() == [[3, 4]]
+    assert not train.guard_gradients(torch.tensor(math.nan), layer) and layer.weight.grad.tolist() == [[0, 0]]
+    model = build("mlp", 1, 10, 2, image_size=8, width=0.1)
+    step(model, *batch(model), clip_norm=1e-3)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_learning_rate_warms_up_and_anneals():
@@ -252,13 +123,204 @@ def test_learning_rate_warms_up_and_anneals():
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
 
 
-def test_every_sample_is_drawn_once_an_epoch():
-    dataset = data.load("digits")
-    config = dict(seed=1, batch_size=32)
-    order = data.epoch_order(config, dataset, 0)
-    assert order.shape == (44, 32) and len(order.unique()) == 44 * 32
-    assert not torch.equal(order, data.epoch_order(config, dataset, 1))
-    assert torch.equal(order, data.epoch_order(config, dataset, 0))
+# ---- a whole training
+
+
+def test_the_run_folder_and_what_is_printed(finished, capsys, tmp_path):
+    assert main(*TINY, "--out", "again") == 0
+    out = capsys.readouterr().out
+    for word in ("cpu", "digits: 48 training", "mlp ei", "excitatory", "parameters", "batch_size=8", "lr=0.01"):
+        assert word in out
+    assert out.count("\nepoch ") == 3 and "firing rates" in out and "again" in out.splitlines()[-1]
+    assert end(tmp_path / "again") == end(finished)  # the same settings, the same bits
+    config = json.loads((finished / "config.json").read_text())
+    assert config["lr"] == 0.01 and config["batch_size"] == 8 and config["warmup_epochs"] == pytest.approx(3 / 30)
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and "rate_3" in rows[0] and "rate_4" not in rows[0]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(rows[2]["test_accuracy"])
+    best = max(rows, key=lambda row: float(row["test_accuracy"]))
+    assert main("--eval", finished) == 0
+    out = capsys.readouterr().out
+    assert f"test accuracy {float(best['test_accuracy']):.2%}, loss {float(best['test_loss']):.4f}, T=2" in out
+    assert main(*TINY, "--seed", "1", "--out", "other") == 0
+    assert end(tmp_path / "other") != end(finished)
+
+
+def test_recording_histograms_changes_no_result(finished, tmp_path, monkeypatch):
+    recorded = json.loads((finished / "histograms.json").read_text())
+    assert len(recorded) == 4 and len(recorded[0]) == 3
+    for layers in recorded:
+        for layer, n in zip(layers, (50, 50, 30), strict=True):
+            assert sum(layer["i_int"]) == sum(layer["u"]) == n * 20 * 2  # test images, time steps
+    monkeypatch.setattr(progress, "histograms", lambda *_: [])
+    assert main(*TINY, "--out", "without") == 0
+    with_, without = end(finished), end(tmp_path / "without")
+    assert with_[0].pop("histograms") != without[0].pop("histograms") and with_ == without
+
+
+HOW = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def adamw(parameters, **_):
+    """A student's own optimiser: two groups with different rates, the second a tenth of the first."""
+    weights = list(parameters)
+    groups = [dict(params=weights[::2], lr=0.01), dict(params=weights[1::2], lr=0.001, weight_decay=0.1)]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+@pytest.mark.parametrize("what", ["ei", "bn", "plain", "dann", "adamw"])
+def test_stopped_and_resumed_ends_with_the_same_bits(what, tmp_path, monkeypatch, capsys):
+    arguments = [*TINY, "--kind", what] if what != "dann" else [*TINY[:4], *TINY[6:], "--kind", "dann"]
+    if what == "adamw":
+        arguments = TINY
+        monkeypatch.setattr(torch.optim, "SGD", adamw)
+    assert main(*arguments, "--out", "calm") == 0
+    command, moments = [*arguments, "--out", "r"], []
+    for function, call in (("train_step", 2), ("evaluate", 1), ("train_step", STEPS), ("train_step", 1)):
+        with monkeypatch.context() as patch:  # in an epoch, between two, in the last step of one, in the first
+            stop_at(patch, call, function=function, how=HOW[len(moments) % len(HOW)])
+            assert main(*command) == 128 + HOW[len(moments) % len(HOW)]
+        assert "stopped and saved; go on with: python train.py --resume r" in capsys.readouterr().out
+        moments.append(Run("r").load()["step"])
+        command = ["--resume", "r"]
+        assert not (tmp_path / "r" / "result.json").exists()
+    assert moments == [2, STEPS, 2 * STEPS, 2 * STEPS + 1]
+    assert main("--resume", "r") == 0
+    assert end(tmp_path / "r") == end(tmp_path / "calm")
+    different = result(tmp_path / "r") | dict(train_seconds=0), result(tmp_path / "calm") | dict(train_seconds=0)
+    assert different[0] == different[1]
+
+
+def test_every_group_of_an_optimiser_follows_the_schedule(monkeypatch):
+    rates, original = [], train.train_step
+
+    def note(network, optimizer, *arguments):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return original(network, optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim, "SGD", adamw)
+    monkeypatch.setattr(train, "train_step", note)
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS + 2)
+        main(*TINY, "--out", "r")
+    assert main("--resume", "r") == 0 and len(rates) == 3 * STEPS
+    expected = [train.learning_rate(Run("r").config, step, STEPS) for step in range(3 * STEPS)]
+    assert [rate for rate, _ in rates] == pytest.approx(expected)
+    assert [rate for _, rate in rates] == pytest.approx([rate / 10 for rate in expected])
+
+
+def test_an_epoch_lasts_as_long_as_its_parts(stopped, monkeypatch):
+    state = Run(stopped).load()
+    assert state["seconds"] > 0
+    monkeypatch.setattr(Run, "load", lambda run: state | dict(seconds=1000.0))
+    assert main("--resume", stopped) == 0
+    seconds = [float(row["seconds"]) for row in csv.DictReader((stopped / "metrics.csv").open())]
+    assert seconds[0] < 100 and 1000 < seconds[1] < 1500 and seconds[2] < 100
+
+
+def test_resuming_a_finished_run_ends_at_once_and_changes_nothing(finished, monkeypatch, capsys):
+    before = snapshot(finished)[0]
+    monkeypatch.setattr(train, "train_step", None)
+    assert main("--resume", finished) == 0
+    assert {name: raw for name, (raw, _) in snapshot(finished)[0].items()} == {k: raw for k, (raw, _) in before.items()}
+    assert "goes on at step 18, with 3 epochs behind it" in capsys.readouterr().out
+    (finished / "result.json").unlink()
+    (finished / "metrics.csv").write_text("half of a li")
+    assert main("--resume", finished) == 0  # which writes again what was lost
+    assert {name: raw for name, (raw, _) in snapshot(finished)[0].items()} == {k: raw for k, (raw, _) in before.items()}
+
+
+def test_a_longer_schedule(finished, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert main("--resume", finished, "--epochs", 5) == 128 + signal.SIGTERM
+    assert not (finished / "result.json").exists()  # that of three epochs
+    assert main("--resume", finished) == 0
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert result(finished)["epochs"] == result(finished)["config"]["epochs"] == len(rows) == 5
+    last = train.learning_rate(Run(finished).config, 5 * STEPS - 1, STEPS)
+    assert float(rows[4]["lr"]) == last and main("--eval", finished) == 0
+    assert "has 5 epochs behind it" in fails(capsys, "--resume", finished, "--epochs", 4)
+
+
+# ---- what is refused
+
+
+def other_network(patch):
+    patch.setitem(runs.networks.PLANS, "mlp", [400, 500, 300])
+
+
+def other_optimiser(patch):
+    patch.setattr(torch.optim, "SGD", lambda parameters, **_: torch.optim.Adam(parameters))
+
+
+REFUSED = {
+    "other data": (["--data-root", "./other"], "the training set has other contents"),
+    "other test set": (["--data-root", "./untested"], "the test set has other contents"),
+    "other network": ([], "is of another network or optimiser"),
+    "other optimiser": ([], "it was trained with another optimiser"),
+    "too few epochs": (["--epochs", "1"], "--epochs 1 is too few"),
+    "contradiction": (["--lr", "0.5"], "was made with lr=0.01, not 0.5"),
+    "other kind": (["--kind", "bn"], "was made with kind=ei, not bn"),
+    "in use": ([], "in use: another process"),
+    "damaged": ([], "checkpoint.pt cannot be used"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refused_resume_writes_nothing(what, stopped, monkeypatch, capsys):
+    options, words = REFUSED[what]
+    with monkeypatch.context() as patch:
+        if what in ("other network", "other optimiser"):
+            globals()[what.replace(" ", "_")](patch)
+        if what == "damaged":
+            (stopped / "checkpoint.prev.pt").unlink()
+            (stopped / "checkpoint.pt").write_bytes((stopped / "checkpoint.pt").read_bytes()[:-9])
+        other = Run(stopped)
+        if what == "in use":
+            other.lock()
+        before = snapshot(stopped)
+        assert words in fails(capsys, "--resume", stopped, *options)
+        assert snapshot(stopped) == before
+        other.close()
+    if what != "damaged":
+        assert main("--resume", stopped) == 0  # in the same process: the lock is free
+
+
+def test_data_that_moved(stopped, capsys):
+    assert main("--resume", stopped, "--data-root", "./moved") == 0
+    assert Run(stopped).config["data_root"] == "./moved" and main("--eval", stopped) == 0
+    assert "the test set has other contents" in fails(capsys, "--eval", stopped, "--data-root", "./untested")
+    assert main("--eval", stopped, "--data-root", "./untested", "--other-data") == 0
+    assert "other data than those of the training: the test set" in capsys.readouterr().out
+    PLACES["./three"] = data.Dataset(FEW.train_x, FEW.train_y % 3, FEW.test_x, FEW.test_y % 3, 3)
+    for option in ([], ["--other-data"]):
+        said = fails(capsys, "--eval", stopped, "--data-root", "./three", *option)
+        assert "there were 10 classes, and now there are 3" in said
+
+
+def test_a_warm_up_that_no_longer_fits(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        main(*TINY, "--warmup-epochs", "2", "--out", "r")
+    assert "--epochs 1 is too few" in fails(capsys, "--resume", "r", "--epochs", 1)
+
+
+@pytest.mark.parametrize("broken", ["evaluate", "accelerate"])
+def test_after_an_error_the_run_is_free_in_the_same_session(broken, stopped, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an error of the program")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, broken, fail)
+        with pytest.raises(RuntimeError) as kept:  # as a notebook keeps it, with all that its frames hold
+            main("--resume", stopped)
+        with pytest.raises(RuntimeError):
+            main(*TINY, "--out", "new")
+    assert kept.traceback and main("--resume", stopped) == 0
+    assert os.path.exists("new") == (broken == "evaluate")  # nothing was saved yet
+    assert main(*TINY, "--out", "new") == (2 if broken == "evaluate" else 0)
 
 
 @pytest.mark.parametrize(
@@ -266,125 +328,300 @@ def test_every_sample_is_drawn_once_an_epoch():
     [
         (["--arch", "vgg9"], "vgg9"),
         (["--data", "mnisst"], "mnisst"),
-        (["--model", "ln"], "ln"),
+        (["--kind", "ln"], "ln"),
         (["--T", "0"], "at least 1"),
-        (["--epochs", "0"], "at least 1"),
         (["--epochs", "1.5"], "whole number"),
         (["--batch-size", "-3"], "at least 1"),
-        (["--model", "dann", "--no-ste"], "of --model ei only"),
-        (["--model", "bn", "--eps", "1e-6"], "of --model ei only"),
-        (["--model", "dann", "--tau", "3"], "spiking neurons"),
-        (["--model", "bn", "--ei-ratio", "8"], "E-I circuits"),
+        (["--kind", "dann", "--no-ste"], "of --kind ei only"),
+        (["--kind", "bn", "--eps", "1e-6"], "of --kind ei only"),
+        (["--kind", "dann", "--tau", "3"], "spiking neurons"),
+        (["--kind", "bn", "--ei-ratio", "8"], "E-I circuits"),
         (["--tau", "0.5"], "at least 1"),
         (["--threshold", "0"], "positive number"),
-        (["--alpha", "-1"], "positive number"),
-        (["--ei-ratio", "0"], "at least 1"),
         (["--width", "0"], "0.001 to 100"),
-        (["--batch-size", "1438"], "larger than the training set of 1437"),
-        (["--lr", "0"], "positive number"),
+        (["--batch-size", "49"], "larger than the training set of 48"),
+        (["--warmup-epochs", "10", "--epochs", "2"], "longer than the training"),
         (["--lr", "nan"], "positive number"),
-        (["--lr", "fast"], "positive number"),
         (["--eps", "-1e-6"], "adaptive"),
-        (["--eps", "0"], "adaptive"),
         (["--eps", "small"], "adaptive"),
         (["--device", "abacus"], "abacus"),
-        (["--image-size", "16"], "too small"),
+        (["--device", ""], "cannot be used"),
+        (["--device", "meta"], "cannot be used"),
         (["--seed", "-1"], "at least 0"),
+        (["--out", "~nobody-of-this-name/x"], "home directory"),
         (["--frobnicate"], "frobnicate"),
-        (["--data", "folder", "--data-root", "/nowhere/at/all"], "no folder"),
-        (["--resume", "/nowhere/at/all"], "not a run folder"),
-        (["--eval", "/nowhere/at/all"], "not a run folder"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--eval", ""], "not a run folder"),
         (["--resume", "a", "--eval", "b"], "one of them"),
         (["--resume", "a", "--out", "b"], "one of them"),
     ],
 )
-def test_bad_input_ends_in_one_line(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert words in run_and_fail(capsys, *arguments)
-    assert not list(tmp_path.iterdir())  # and leaves nothing behind
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, words, capsys, tmp_path):
+    assert words in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_unwritable_out(options, tmp_path, capsys):
+def test_an_out_that_is_in_the_way(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot make the run folder" in run_and_fail(capsys, *options, "--out", tmp_path / "file" / "r")
-    assert (tmp_path / "file").read_text() == "in the way"
+    assert "cannot make the run folder file/r: Not a directory" in fails(capsys, *TINY, "--out", "file/r")
+    assert "is no folder" in fails(capsys, *TINY, "--out", "file")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="it limits the size of files")
-def test_a_full_disk_damages_nothing(options, tmp_path, capsys, monkeypatch):
-    assert train.main([*options, "--epochs", "1", "--out", str(tmp_path / "r")]) == 0
-    before = {f.name: f.read_bytes() for f in (tmp_path / "r").iterdir()}
-    limited = "import resource, signal, sys, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(train.main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *options, "--epochs", "1", "--out", str(tmp_path / "full")],
-        cwd=TRAIN.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
-    assert before == {f.name: f.read_bytes() for f in (tmp_path / "r").iterdir()}
+# ---- numbers
 
 
-def test_a_silent_first_batch(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "augment", lambda x, generator: x)  # cutout puts noise where nothing is
-    for split in ("train", "test"):
-        for name in "ab":
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(4):
-                Image.new("L", (32, 32)).save(tmp_path / split / name / f"{i}.png")
-    arguments = ["--data", "folder", "--data-root", tmp_path, "--batch-size", "4", "--out", tmp_path / "r"]
-    err = run_and_fail(capsys, *arguments)
-    assert "encoder.stages.0.circuit" in err and "silent" in err
-    for image in tmp_path.glob("*/*/*.png"):
-        Image.effect_noise((32, 32), 64).save(image)
-    assert train.main([*map(str, arguments), "--epochs", "1"]) == 0  # what failed is not in its way
+def poisoned(what, monkeypatch):
+    """Has something become NaN or infinite in the second step of the second epoch."""
+    original, calls = train.train_step, [0]
+
+    def poison(network, optimizer, x, y, *arguments):
+        calls[0] += 1
+        layer = network.encoder.stages[1].circuit
+        if calls[0] == STEPS + 2:
+            if what == "gradient":
+                layer.w_ee.register_hook(lambda g: g * math.inf)
+            elif what == "parameter":
+                with torch.no_grad():
+                    layer.b_e[0] = math.nan  # as a comparison, u >= theta is False: no spike, and a finite loss
+            elif what == "loss":
+                network.readout.register_forward_hook(lambda module, args, out: out * math.inf)
+        return original(network, optimizer, x, y, *arguments)
+
+    monkeypatch.setattr(train, "train_step", poison)
 
 
-@pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    options = ["--data", "folder", "--data-root", str(images), "--batch-size", "4", "--T", "2", "--epochs", "1"]
-    assert train.main([*options, "--out", str(folder)]) == 0
-    return folder
+@pytest.mark.parametrize(
+    "what, layer",
+    [
+        ("gradient", "encoder.stages.1.circuit.w_ee (its gradient)"),
+        ("parameter", "encoder.stages.1.circuit"),
+        ("loss", "readout"),
+    ],
+)
+def test_a_number_that_is_not_finite_ends_the_training(what, layer, monkeypatch, capsys, tmp_path):
+    poisoned(what, monkeypatch)
+    assert main(*TINY, "--out", "r") == 0
+    assert f"epoch 2: a number is not finite; first layer with such values: {layer}\n" in capsys.readouterr().out
+    found = result(tmp_path / "r")
+    assert found["epochs"] == 1 and found["first_nonfinite_layer"] == layer and found["outcome"] != "converged"
+    for name in ("checkpoint.pt", "best.pt"):
+        assert all(value.isfinite().all() for value in Run("r").load(name)["model"].values())
+    monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name, option", [("checkpoint.pt", "--resume"), ("best.pt", "--eval")])
-def test_foreign_and_damaged_checkpoints(name, option, finished, tmp_path, capsys):
-    folder = tmp_path / "r"
-    folder.mkdir()
-    config = (finished / "config.json").read_bytes()
-    (folder / "config.json").write_bytes(config)
-    assert f"has no {name}" in run_and_fail(capsys, option, folder)
-    intact = (finished / name).read_bytes()
-    (folder / name).write_bytes(intact[: len(intact) // 2])
-    assert "damaged" in run_and_fail(capsys, option, folder)
-    (folder / name).write_bytes(intact)
-    (folder / "config.json").write_bytes(config.replace(b"vgg8", b"vgg11"))
-    assert "belongs to another network" in run_and_fail(capsys, option, folder)
-    (folder / "config.json").write_bytes(config)
-    assert "was made with arch=vgg8, not vgg16" in run_and_fail(capsys, option, folder, "--arch", "vgg16")
+@pytest.mark.parametrize("kind", ["ei", "bn"])
+def test_input_that_is_not_finite(kind, monkeypatch, capsys):
+    original = data.training_batch
 
-    class Bomb:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'ran'}",)
+    def batch(config, dataset, indices, step):
+        x, y = original(config, dataset, indices, step)
+        return torch.where(torch.tensor(step == 1), math.nan, x), y
 
-    (folder / name).write_bytes(pickle.dumps(Bomb()))
-    assert "damaged or not a checkpoint" in run_and_fail(capsys, option, folder)
-    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr(data, "training_batch", batch)
+    if kind == "ei":
+        assert "not finite" in fails(capsys, *TINY, "--out", "r")
+    else:
+        assert main(*TINY, "--kind", "bn", "--out", "r") == 0
+        assert "number is not finite; first layer with such values: encoder.stages.0" in capsys.readouterr().out
+    assert all(value.isfinite().all() for value in Run("r").load()["model"].values())
+    assert "there is no" in fails(capsys, "--eval", "r")
 
 
-def test_as_a_program_it_prints_one_line_and_no_traceback(tmp_path):
-    done = subprocess.run(
-        [sys.executable, TRAIN, "--data", "cifar10", "--data-root", "/dev/null/x"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("lr", ["1e20", "1e30"])
+def test_a_rate_that_is_far_too_large(lr, tmp_path, capsys):
+    assert main(*TINY, "--lr", lr, "--warmup-epochs", "0", "--out", "r") == 0
+    assert result(tmp_path / "r")["outcome"] == "failed to converge"
+    assert all(value.isfinite().all() for value in Run("r").load()["model"].values())
 
 
-def test_the_first_network_learns_the_digits(tmp_path):
-    """The recipe of the MLP, as it is, in some seconds."""
-    assert train.main(["--arch", "mlp", "--out", str(tmp_path / "run")]) == 0
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] >= 0.93
+def test_a_parameter_that_overflows_in_the_last_step_is_not_saved(monkeypatch, tmp_path):
+    original = train.evaluate
+
+    def overflow(model, *arguments):
+        with torch.no_grad():
+            model.encoder.stages[0].circuit.b_e[0] = math.inf
+        return 1.0, *original(model, *arguments)[1:]
+
+    monkeypatch.setattr(train, "evaluate", overflow)
+    assert main(*TINY, "--out", "r") == 0
+    assert result(tmp_path / "r")["first_nonfinite_layer"] == "encoder.stages.0.circuit"
+    assert Run("r").load()["step"] == 0 and not (tmp_path / "r" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("accuracy, outcome", [(0.8, "failed to converge"), (0.95, "converged")])
+def test_chance_is_the_share_of_the_commonest_class(accuracy, outcome, monkeypatch, tmp_path, capsys):
+    y = torch.tensor([0] * 16 + [1, 1, 2, 2])
+    monkeypatch.setitem(PLACES, "./data", data.Dataset(FEW.train_x, FEW.train_y % 3, FEW.test_x, y, 3))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (0.7, accuracy, [0.1] * 3))
+    assert main(*TINY, "--give-up", "--out", "r") == 0
+    found = result(tmp_path / "r")
+    assert found["outcome"] == outcome and found["epochs"] == (1 if outcome.startswith("failed") else 3)
+    assert found["given_up"] == ("given up after 1 epochs at chance" in capsys.readouterr().out) == (accuracy == 0.8)
+    assert main("--resume", "r") == 0 and result(tmp_path / "r")["epochs"] == 3  # the rest of it
+
+
+# ---- testing
+
+
+def test_eval_beside_bn_snn(finished, tmp_path, capsys):
+    def beside(*options):
+        assert main("--eval", finished, *options) == 0
+        return capsys.readouterr().out
+
+    assert "no BN-SNN with a finished epoch beside it" in beside("--T", "3") and "T=3" in beside("--T", "3")
+    bn = tmp_path / "digits-mlp-bn-width0.1-seed0"
+    bn.mkdir()
+    (bn / "checkpoint.pt").touch()  # its first epoch is not over
+    assert "no BN-SNN with a finished epoch" in beside()
+    shutil.rmtree(bn)
+    assert main(*TINY, "--kind", "bn", "--out", bn) == 0  # with another learning rate: that of its own recipe
+    capsys.readouterr()
+    out = beside("--kind", "ei")
+    assert out.count("accumulates") == 2 and "beside it, BN-SNN:" in out and out.count("T=2") == 2
+    for options, words in ((["--epochs", 1], "epochs"), (["--data-root", "./other"], "images"), (["--T", 1], "T")):
+        shutil.rmtree(bn)
+        assert main(*TINY, "--kind", "bn", *options, "--out", bn) == 0
+        capsys.readouterr()
+        out = beside()
+        assert out.count("accumulates") == 1
+        assert out.splitlines()[-1] == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
+    (bn / "best.pt").write_bytes(b"x")
+    (bn / "checkpoint.pt").write_bytes(b"x")
+    out = beside()
+    assert "the BN-SNN beside it is not compared: " in out.splitlines()[-1] and "best.pt" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--resume", "--eval"])
+def test_other_equations_are_named(option, finished, capsys):
+    path = finished / "config.json"
+    known = json.loads(path.read_text())
+    assert main(option, finished) == 0 and "other equations" not in capsys.readouterr().out
+    path.write_text(json.dumps(known | dict(equations=known["equations"] | {"inhibition.py": "0123456789ab"})))
+    for _ in range(2):  # a resumed run still knows with which it was begun
+        assert main(option, finished) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "other equations" in line]
+        assert len(lines) == 1 and "inhibition.py changed since" in lines[0] and "lif.py" not in lines[0]
+
+
+# ---- the process, before and after
+
+
+def test_the_process_is_as_before(stopped, capsys):
+    def state():
+        return [signal.getsignal(how) for how in HOW], sys.stdout, sys.stderr, torch.get_rng_state().tolist()
+
+    before = state()
+    assert main("--resume", stopped) == 0 and main("--frobnicate") == 2 and main("--eval", stopped) == 0
+    assert state() == before
+
+
+def test_as_a_script_it_leaves_ctrl_c_working(monkeypatch):
+    """As `%run train.py` and `python -i train.py` have it."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--out", "r"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert left.value.code == 0 and signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_what_is_ignored_stays_ignored():
+    """With nohup a closed terminal does not end the training."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with progress.stop_requests() as received:
+            signal.raise_signal(signal.SIGHUP)
+            assert not received and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # twice, as impatient people do
+        assert received == [signal.SIGINT] * 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_training_in_a_thread_runs():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(main(*TINY, "--out", "r")))
+    thread.start()
+    thread.join(60)
+    assert found == [0] and main("--resume", "r") == 0
+
+
+class Broken(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "pipe"), OSError(28, "full"), ValueError("closed"), None])
+def test_printing_never_decides(error, monkeypatch, tmp_path):
+    stream = Broken(error) if error else None  # None: no console, as with pythonw
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(*TINY, "--out", "r") == 0
+    assert sys.stdout is stream and (tmp_path / "r" / "result.json").exists()
+
+
+def test_a_console_that_cannot_write_every_letter(monkeypatch, tmp_path):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(*TINY, "--out", "\u00fc") == 0
+    assert b"run folder: \\xfc" in raw.getvalue() and (tmp_path / "\u00fc" / "result.json").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_ends_with_advice(error, monkeypatch, capsys):
+    def command(_):
+        raise error
+
+    monkeypatch.setattr(train, "command", command)
+    assert "not enough memory; take a smaller network" in fails(capsys)
+
+
+# ---- settings
+
+
+def of(*arguments):
+    return recipes.settings(recipes.parse(arguments))
+
+
+def test_the_recipe_follows_data_arch_and_kind():
+    assert of()["arch"] == "vgg8" and of()["data"] == "digits" and of()["T"] == 4
+    cifar = of("--data", "cifar10")
+    assert (cifar["lr"], cifar["warmup_epochs"], cifar["epochs"], cifar["batch_size"]) == (0.002, 10, 300, 128)
+    deep = of("--data", "cifar100", "--arch", "vgg16")
+    assert (deep["lr"], deep["warmup_epochs"], deep["weight_decay"]) == (0.001, 30, 5e-4)
+    bn = of("--data", "cifar10", "--kind", "bn")
+    assert (bn["lr"], bn["warmup_epochs"], bn["weight_decay"]) == (0.1, 0, 1e-4)
+    assert of("--data", "cifar10", "--epochs", "30")["warmup_epochs"] == pytest.approx(1)
+    assert of("--data", "cifar10", "--epochs", "30", "--warmup-epochs", "7")["warmup_epochs"] == 7
+
+
+def test_run_name_says_what_is_ablated():
+    assert recipes.run_name(of()) == "digits-vgg8-ei-seed0"
+    ablated = of("--eps", "1e-6", "--no-ste", "--no-grad-scaling", "--init", "kaiming")
+    assert recipes.run_name(ablated) == "digits-vgg8-ei-eps1e-06-noste-noscaling-kaiming-seed0"
+    changed = of("--ei-ratio", "8", "--tau", "3", "--width", "0.5", "--plan", "8 P")
+    assert recipes.run_name(changed) == "digits-vgg8-ei-plan8-P-width0.5-eiratio8-tau3-seed0"
+
+
+def test_every_sample_is_drawn_once_an_epoch():
+    config = dict(seed=1, batch_size=7)
+    order = data.epoch_order(config, FEW, 0)
+    assert order.shape == (6, 7) and len(order.unique()) == 42
+    assert not torch.equal(order, data.epoch_order(config, FEW, 1))
+    assert torch.equal(order, data.epoch_order(config, FEW, 0))
+
+
+def test_the_shares_of_a_batch_and_their_sum(monkeypatch):
+    x = torch.arange(10)
+    assert torch.equal(parallel.share(x), x) and torch.equal(parallel.total(x.clone()), x)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "world", lambda: 3)
+        parts.append(parallel.share(x))
+    assert torch.equal(torch.cat(parts).sort().values, x) and [len(part) for part in parts] == [4, 3, 3]
