@@ -6,6 +6,7 @@ that imports `visualize.py`.
 
 import csv
 import itertools
+from operator import itemgetter
 
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
@@ -190,31 +191,27 @@ def plane(axis, rates, y, n_classes, title):
 
 
 def table(name, first, runs, out):
-    """Outcome, best epoch and best accuracy of each run, as text, as Markdown and as a picture with the loss curves.
+    """Outcome, best epoch and its accuracy of each run, as text, as Markdown and as a picture with the loss curves.
 
     Args:
         name: of the files.
         first: heading of the first column.
-        runs: label -> `history.Trained`.
+        runs: label -> outcome, in words, and `history.metrics`.
     """
-    cells, rows = [[first, "outcome", "best epoch", "best accuracy"]], []
+    cells, rows = [[first, "outcome", "best epoch", "best on the test set"]], []
     figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))
     top, bottom = axes[:, 0]
-    for (label, run), style in zip(runs.items(), STYLES, strict=False):
-        outcome, epoch, best = run.result()
-        metrics = run.metrics()
-        cells.append([label, outcome, str(epoch or "-"), "-" if best is None else f"{best:.2%}"])
-        for m in metrics:
+    for (label, (outcome, epochs)), style in zip(runs.items(), STYLES, strict=False):
+        best = max(epochs, key=itemgetter("test_accuracy"), default=None)
+        accuracy = best and best["test_accuracy"]
+        cells.append([label, outcome, str(best["epoch"]), f"{accuracy:.2%}"] if best else [label, outcome, "-", "-"])
+        for m in epochs:
             row = dict(run=label, outcome=outcome, epoch=m["epoch"], train_loss=m["train_loss"])
-            rows.append({**row, "test_accuracy": m["test_accuracy"], "best_test_accuracy": best})
-        bottom.plot([m["epoch"] for m in metrics], [m["train_loss"] for m in metrics], label=label, **style)
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    lines = []
-    for row in escaped:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("| " + " | ".join(padded) + " |")
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+            rows.append({**row, "test_accuracy": m["test_accuracy"], "best_test_accuracy": accuracy})
+        bottom.plot([m["epoch"] for m in epochs], [m["train_loss"] for m in epochs], label=label, **style)
+    width = max(len(label) for label, *_ in cells) + 2
+    lines = [" | ".join(cell.replace("|", "\\|").ljust(width) for cell in row) for row in cells]
+    lines.insert(1, " | ".join(["---"] * 4))
     print("\n".join(lines))
     top.axis("off")
     drawn = top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="center", edges="horizontal")
