@@ -1,21 +1,22 @@
 """Trains, tests and resumes a network of the paper: `python train.py --arch vgg8`.
 
-Read `train`, the loop over epochs and batches. Everything beside it is the command line; recipes are a table in
-`support/recipes.py` (`python train.py --recipes` prints it).
+Read `train`, the loop over epochs and batches, and `train_step`. Everything below them is the command line; recipes are
+a table in `support/recipes.py` (`python train.py --recipes` prints it).
 """
 
 import argparse
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from inhibition import clamp_dale
-from support import console, data, official, parallel, recipes
+from support import data, official, parallel, recipes
 from support.fast import accelerate, keep_memory
 from support.measure import cost_table, evaluate, header
-from support.progress import Progress, check_data, longer
-from support.runs import Run, load_data_and_model, prepare, reopen, restore
+from support.progress import Progress
+from support.runs import Run, differing, load_data_and_model, prepare, restore
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -24,6 +25,45 @@ def learning_rate(config, step, steps_per_epoch):
     if step < warmup:
         return config["warmup_from"] + (config["lr"] - config["warmup_from"]) * step / warmup
     return config["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def guard_gradients(loss, model):
+    """Keeps the parameters finite: if the loss or a gradient is NaN or infinite, all gradients become 0.
+
+    Returns:
+        Whether they were finite: a tensor (), which is not read here, for that would wait for a GPU.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])  # NaN passes through
+    finite = loss.detach().isfinite() & extremes.isfinite().all()
+    if not finite.is_cpu or not finite:
+        for gradient in gradients:
+            gradient.copy_(torch.where(finite, gradient, 0))
+    return finite
+
+
+def train_step(network, optimizer, x, y, clip_norm=0.0):
+    """One step of training: forward, backward, and Dale's law.
+
+    Args:
+        x: images (B, C, H, W) or frames (B, T, C, H, W), intensities >= 0.
+        y: labels (B,).
+        clip_norm: the largest norm of the gradient; 0: any.
+
+    Returns:
+        Loss, accuracy in [0, 1], and whether loss and gradients were finite: three tensors ().
+    """
+    logits = network(x)  # (B, classes), averaged over the time steps
+    loss = F.cross_entropy(logits, y)
+    optimizer.zero_grad()
+    loss.backward()  # through time, with surrogate gradients
+    finite = guard_gradients(loss, network)
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    optimizer.found_inf = 1 - finite.float()  # a fused optimiser leaves all as it is then, its momentum too
+    optimizer.step()
+    clamp_dale(network)  # Dale's law
+    return loss.detach(), (logits.argmax(1) == y).float().mean(), finite
 
 
 def train(run, config, dataset, model, state=None, plain=False, give_up=False):
@@ -41,29 +81,20 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
         The number of the signal that stopped it, or None.
     """
     if state is None:
-        prepare(config, dataset, model)
+        prepare(config, dataset, model)  # E-I Init
     if not plain:
-        accelerate(model, data.first_batch(config, dataset)[0])
+        accelerate(model)
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
     network = parallel.wrap(model)
 
     for epoch in progress.epochs():
-        for step, x, y in progress.batches(epoch):  # x: (B, C, H, W) or frames (B, T, C, H, W), y: (B,)
+        for step, x, y in progress.batches(epoch):
             lr = learning_rate(config, step, progress.steps_per_epoch)
-            optimizer.param_groups[0]["lr"] = lr
-
-            logits = network(x)  # (B, classes), averaged over the time steps
-            loss = F.cross_entropy(logits, y)
-
-            optimizer.zero_grad()
-            loss.backward()  # through time, with surrogate gradients
-            progress.add(loss, logits, y)
-            if config["clip_norm"]:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"])
-            optimizer.step()
-            clamp_dale(model)  # Dale's law
+            for group, rate in zip(optimizer.param_groups, progress.rates, strict=True):
+                group["lr"] = lr * (rate / config["lr"])  # each group in proportion to its own rate
+            progress.count(*train_step(network, optimizer, x, y, config["clip_norm"]))
 
         if progress.interrupted:
             break
@@ -77,61 +108,68 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
 
 
 def train_run(run, config, args, device, folder=None, after_epoch=None):
-    """Goes on with a run, or starts one in a new folder. Returns the exit status."""
+    """Goes on with a run, or (run is None) starts one in a new folder. Returns the exit status."""
+    state = None
     with parallel.first_process_first():  # it makes the run folder whole, and decodes and caches the data
-        state = None
         if run:
-            state = run.load() if parallel.rank() else run.resume()
-            config = longer(run, config, state, args.epochs)
+            state = run.load()
+            run.say_other_equations()
+            if config["epochs"] < len(state["history"]):
+                raise ValueError(f"{run.folder} has {len(state['history'])} epochs behind it: --epochs is too few")
+            run.config["epochs"] = config["epochs"]
         dataset, model = load_data_and_model(config, device)
     size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large, before there is a run
     if size % parallel.world():
         raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
-    if run is None:
-        if parallel.rank():
-            run = Run(folder or ".", config)  # only the first process writes
-        else:
-            run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
+    if run is None and parallel.rank():  # only the first process writes
+        run = Run(folder or ".", config)
+    elif run is None:
+        run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
+    elif not parallel.rank():
+        run.lock()
     run.after_epoch = after_epoch
-    header(config, dataset, model, device)
     try:
+        header(config, dataset, model, device)
         stopped = train(run, config, dataset, model, state, args.plain, args.give_up)
     finally:
         run.close()
     if stopped:
         print(f"stopped and saved; go on with: python train.py --resume {run.quoted}")
-        return 128 + stopped
-    return 0
+    return 128 + stopped if stopped else 0
 
 
 def test_run(args, device):
     """--eval: tests the best network of a run, counts its costs, and does the same for BN-SNN beside it."""
-    run, config = reopen(vars(args), args.eval, free=("data_root", "T"))
+    run = Run(args.eval)
+    config = run.settings(vars(args), free=("data_root", "T"))
     state = run.load("best.pt")
+    run.say_other_equations()
     dataset, model = load_data_and_model(config, device)
     other_frames = dataset.train_x.dim() == 5 and args.T is not None
-    check_data(run, state["data"], dataset, other_frames, args.other_data)
+    run.check_data(state["data"], dataset, other_frames, args.other_data)
     restore(model, state["model"], run.folder / "best.pt")
     sample, _ = data.sample(dataset, config["T"])
     if not args.plain:
-        accelerate(model, sample)
+        accelerate(model)
     loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
     print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}, T={config['T']}")
     print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))
     print("\n".join(cost_table(model, sample)))
-    if config["model"] == "bn":
+    if config["kind"] == "bn":
         return 0
-    rival = run.folder.resolve().with_name(recipes.run_name(config | recipes.FULL | dict(model="bn", ei_ratio=4)))
-    if (rival / "best.pt").exists():
-        other = Run(rival).config
-        if differing := [key for key in ("image_size", "epochs") if other.get(key) != config[key]]:
-            print(f"the BN-SNN beside it, {rival}, was made with other {' and '.join(differing)}: not compared")
+    rival = run.folder.resolve().with_name(recipes.run_name(config | recipes.FULL | dict(kind="bn", ei_ratio=4)))
+    if not (rival / "best.pt").exists():
+        print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
+        return 0
+    try:
+        if differ := differing(run, Run(rival)):
+            print(f"the BN-SNN beside it, {rival}, was made with other {', '.join(differ)}: not compared")
             return 0
         print("beside it, BN-SNN:")
-        same = dict(eval=rival, T=args.T, data_root=args.data_root, plain=args.plain, other_data=args.other_data)
-        return test_run(argparse.Namespace(**vars(recipes.parse([])) | same), device)
-    print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
-    return 0
+        return test_run(argparse.Namespace(**vars(args) | dict(eval=rival)), device)
+    except (ValueError, OSError) as error:  # this run's own test is done
+        print(f"the BN-SNN beside it is not compared: {error}")
+        return 0
 
 
 def command(args):
@@ -148,15 +186,16 @@ def command(args):
         if args.official is not None:
             return official.command(args, device)
         if args.resume is not None:
-            return train_run(*reopen(vars(args), args.resume, free=("data_root", "epochs")), args, device)
+            run = Run(args.resume)
+            return train_run(run, run.settings(vars(args), free=("data_root", "epochs")), args, device)
         return train_run(None, recipes.settings(args), args, device, args.out)
 
 
 def main(argv=None):
     """The command line; returns the exit status. Bad input ends in one line and status 2."""
-    return console.status(lambda: command(recipes.parse(argv)), parallel.rank_asked())
+    return recipes.status(lambda: command(recipes.parse(argv)), parallel.rank_asked())
 
 
 if __name__ == "__main__":
     keep_memory()
-    console.leave(main())
+    sys.exit(main())

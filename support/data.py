@@ -76,6 +76,11 @@ class Dataset:
         return len(self.classes)
 
     @property
+    def chance(self):
+        """The accuracy of the best guess without looking: the share of the commonest class of the test set."""
+        return self.test_y.bincount().max().item() / len(self.test_y)
+
+    @property
     def in_channels(self):
         return self.train_x.shape[-3]
 

@@ -12,7 +12,7 @@ from torch import nn
 from baselines import DANN
 from inhibition import EICircuit
 from model import circuits, layers
-from support import data, parallel, recipes
+from support import data, parallel
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def costs(model, x):
     """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
 
     firing_rate: spikes per neuron and time step; of the readout, None.
-    accumulates: per image, each presynaptic spike, or mean of pooled ones, once at each excitatory and inhibitory target.
+    accumulates: per image, each presynaptic spike (or the mean of pooled ones) once at each of its targets, E and I.
     multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer, once where the
         image stands still, and all of DANN's; at each position and time step n_E n_I for I_sub, as many and n_I more
         for I_div, n_E for the division and n_E for g_E; in BN-SNN, n_E for the normalization. Where there are several
@@ -166,13 +166,12 @@ def describe(model):
 
 
 def header(config, dataset, model, device):
-    """Says what runs: device, data, network and its size, the row of the table of recipes, and every setting."""
+    """Says what runs: device, data, network and its size, and every setting."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
-    what = config["data"], config["arch"], config["model"]
-    print(f"device    {device} ({name})\ndata      {what[0]}: {data.describe(dataset)}")
-    print(f"network   {what[1]} {what[2]}: {describe(model)}")
-    print(f"recipe    {', '.join(recipes.recipe(*what)[:3])}\nsettings ", *values, flush=True)
+    print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
+    print(f"network   {config['arch']} {config['kind']}: {describe(model)}")
+    print("settings ", *values, flush=True)
 
 
 @torch.no_grad()

@@ -1,9 +1,13 @@
-"""The table of training recipes, and the options of the command line. A reader of the paper may skip this file, but may
-want to look at the table.
-"""
+"""The table of training recipes, and the command line: its options, and how a command ends."""
 
 import argparse
+import contextlib
+import io
+import os
 import re
+import shlex
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,126 +15,101 @@ from ei_prop import STABILIZERS
 from model import ARCHS, KINDS
 from support.data import LOADERS
 
-# SGD with momentum 0.9; the learning rate rises linearly from `warmup_from` to `lr` during the warm-up, then falls
-# along a cosine to 0, by iteration. The first row that fits data, arch and model is the recipe; "*" fits all.
-COLUMNS = ("epochs", "batch_size", "lr", "warmup_epochs", "warmup_from", "weight_decay", "clip_norm", "T", "image_size")
-IMAGES = "cifar10 cifar100 tinyimagenet folder mnist fashion-mnist"
+# Each row says what differs from the rows above it, for the data, architectures and kinds of network that it names;
+# "*" is all. The learning rate rises linearly from `warmup_from` to `lr` in the first part of the training, `warmup`,
+# then falls along a cosine to 0, by iteration. So a training of fewer epochs is the same schedule in proportion.
 RECIPES = [
-    # data, arch, model: epochs, batch, lr, warm-up epochs, from, weight decay, clip norm, T, image size
-    ("tinyimagenet", "resnet18", "ei", (300, 128, 0.003, 10, 1e-3, 5e-4, 0, 4, 32)),
-    # Not in the paper: (Fashion-)MNIST with the MLP. Nobody has run it yet.
-    ("mnist fashion-mnist", "mlp", "ei", (20, 128, 0.01, 0.5, 1e-7, 5e-4, 0, 4, 28)),
-    ("mnist fashion-mnist", "mlp", "bn", (20, 128, 0.1, 0, 1e-7, 1e-4, 0, 4, 28)),
-    ("mnist fashion-mnist", "mlp", "plain", (20, 128, 0.1, 0, 1e-7, 5e-4, 0, 4, 28)),
-    ("mnist fashion-mnist", "mlp", "dann", (20, 128, 0.02, 0.5, 1e-7, 5e-4, 1, 1, 28)),
-    (IMAGES, "mlp vgg8 vgg11", "ei", (300, 128, 0.002, 10, 1e-7, 5e-4, 0, 4, 32)),
-    (IMAGES, "vgg16 vgg19 resnet18", "ei", (300, 128, 0.001, 30, 1e-7, 5e-4, 0, 4, 32)),
-    (IMAGES, "*", "bn", (300, 128, 0.1, 0, 1e-7, 1e-4, 0, 4, 32)),
-    (IMAGES, "*", "plain", (300, 128, 0.1, 0, 1e-7, 5e-4, 0, 4, 32)),
-    (IMAGES, "mlp vgg8 vgg11", "dann", (300, 128, 0.02, 10, 1e-7, 5e-4, 1, 1, 32)),
-    (IMAGES, "vgg16 vgg19 resnet18", "dann", (300, 128, 0.02, 30, 1e-7, 5e-4, 1, 1, 32)),
-    ("cifar10-dvs", "*", "ei", (300, 32, 0.001, 10, 1e-7, 5e-4, 0, 10, 48)),
-    ("cifar10-dvs", "*", "bn", (300, 32, 0.1, 0, 1e-7, 1e-4, 0, 10, 48)),
-    ("cifar10-dvs", "*", "plain", (300, 32, 0.1, 0, 1e-7, 5e-4, 0, 10, 48)),
-    ("cifar10-dvs", "*", "dann", (300, 32, 0.02, 10, 1e-7, 5e-4, 1, 1, 48)),
-    ("dvs-gesture", "*", "ei", (300, 32, 0.001, 10, 1e-7, 5e-4, 0, 16, 48)),
-    ("dvs-gesture", "*", "bn", (300, 32, 0.1, 0, 1e-7, 1e-4, 0, 16, 48)),
-    ("dvs-gesture", "*", "plain", (300, 32, 0.1, 0, 1e-7, 5e-4, 0, 16, 48)),
-    ("dvs-gesture", "*", "dann", (300, 32, 0.02, 10, 1e-7, 5e-4, 1, 1, 48)),
-    # The digits are not in the paper: short trainings, found by trying.
-    ("digits", "mlp", "ei", (6, 32, 0.01, 0.2, 1e-7, 5e-4, 0, 4, 8)),
-    ("digits", "mlp", "bn", (6, 32, 0.1, 0, 1e-7, 1e-4, 0, 4, 8)),
-    ("digits", "mlp", "plain", (6, 32, 0.1, 0, 1e-7, 5e-4, 0, 4, 8)),
-    ("digits", "mlp", "dann", (6, 32, 0.02, 0.2, 1e-7, 5e-4, 1, 1, 8)),
-    ("digits", "vgg8 vgg11", "ei", (6, 32, 0.002, 0.2, 1e-7, 5e-4, 0, 4, 32)),
-    ("digits", "vgg16", "ei", (12, 32, 0.001, 1.2, 1e-7, 5e-4, 0, 4, 32)),
-    ("digits", "vgg19", "ei", (16, 32, 0.001, 1.6, 1e-7, 5e-4, 0, 4, 32)),
-    ("digits", "resnet18", "ei", (12, 32, 0.003, 1.2, 1e-7, 5e-4, 0, 4, 32)),
-    ("digits", "vgg8 vgg11", "bn", (6, 32, 0.1, 0, 1e-7, 1e-4, 0, 4, 32)),
-    ("digits", "vgg16 resnet18", "bn", (12, 32, 0.1, 0, 1e-7, 1e-4, 0, 4, 32)),
-    ("digits", "vgg19", "bn", (16, 32, 0.1, 0, 1e-7, 1e-4, 0, 4, 32)),
-    ("digits", "vgg8 vgg11", "plain", (6, 32, 0.1, 0, 1e-7, 5e-4, 0, 4, 32)),
-    ("digits", "vgg16 resnet18", "plain", (12, 32, 0.1, 0, 1e-7, 5e-4, 0, 4, 32)),
-    ("digits", "vgg19", "plain", (16, 32, 0.1, 0, 1e-7, 5e-4, 0, 4, 32)),
+    ("*", "*", "*", dict(epochs=300, batch_size=128, lr=0.001, warmup=1 / 10, warmup_from=1e-7)),
+    ("*", "*", "*", dict(weight_decay=5e-4, clip_norm=0.0, T=4, image_size=32)),
+    ("*", "*", "bn", dict(lr=0.1, warmup=0, weight_decay=1e-4)),
+    ("*", "*", "plain", dict(lr=0.1, warmup=0)),
     # DANN has no time, so T = 1. Its division has a gradient of 1 / x, and ReLUs send x as small as one likes: clipped.
-    ("digits", "vgg8 vgg11", "dann", (6, 32, 0.02, 0.2, 1e-7, 5e-4, 1, 1, 32)),
-    ("digits", "vgg16 resnet18", "dann", (12, 32, 0.02, 1.2, 1e-7, 5e-4, 1, 1, 32)),
-    ("digits", "vgg19", "dann", (16, 32, 0.02, 1.6, 1e-7, 5e-4, 1, 1, 32)),
-    # For everything else, e.g. a dataset that you add: the paper's recipe for deeper networks.
-    ("*", "*", "ei", (300, 128, 0.001, 30, 1e-7, 5e-4, 0, 4, 32)),
-    ("*", "*", "bn", (300, 128, 0.1, 0, 1e-7, 1e-4, 0, 4, 32)),
-    ("*", "*", "plain", (300, 128, 0.1, 0, 1e-7, 5e-4, 0, 4, 32)),
-    ("*", "*", "dann", (300, 128, 0.02, 30, 1e-7, 5e-4, 1, 1, 32)),
+    ("*", "*", "dann", dict(lr=0.02, T=1, clip_norm=1.0)),
+    ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup=1 / 30)),
+    ("*", "mlp vgg8 vgg11", "dann", dict(warmup=1 / 30)),
+    ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup=1 / 30, warmup_from=1e-3)),
+    ("cifar10-dvs dvs-gesture", "*", "*", dict(batch_size=32, image_size=48)),
+    ("cifar10-dvs dvs-gesture", "*", "ei", dict(lr=0.001, warmup=1 / 30)),
+    ("cifar10-dvs dvs-gesture", "*", "dann", dict(warmup=1 / 30)),
+    ("cifar10-dvs", "*", "ei bn plain", dict(T=10)),
+    ("dvs-gesture", "*", "ei bn plain", dict(T=16)),
+    # The digits and (Fashion-)MNIST are not in the paper: short trainings. Nobody has run those of MNIST yet.
+    ("mnist fashion-mnist", "mlp", "*", dict(epochs=20, image_size=28)),
+    ("mnist fashion-mnist", "mlp", "ei", dict(lr=0.01)),
+    ("digits", "*", "*", dict(epochs=12, batch_size=32)),
+    ("digits", "vgg19", "*", dict(epochs=16)),
+    ("digits", "mlp vgg8 vgg11", "*", dict(epochs=6)),
+    ("digits", "mlp", "*", dict(image_size=8)),
+    ("digits", "mlp", "ei", dict(lr=0.01)),
+    ("digits", "resnet18", "ei", dict(lr=0.003)),
 ]
 MOMENTUM = 0.9
 # The paper's method, nothing left out and nothing changed.
-FULL = dict(model="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
+FULL = dict(kind="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
 WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | dict(data="digits", data_root="./data", seed=0)
-COMMANDS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
+WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
 
 
-def recipe(data, arch, model):
-    """The row of the table for data, arch and model."""
-
-    def fits(names, name):
-        return names == "*" or name in names.split()
-
-    return next(row for row in RECIPES if fits(row[0], data) and fits(row[1], arch) and fits(row[2], model))
+def recipe(data, arch, kind):
+    """What the table says of data, arch and kind: a dict."""
+    found = {}
+    for of_data, of_arch, of_kind, differing in RECIPES:
+        pairs = ((of_data, data), (of_arch, arch), (of_kind, kind))
+        if all(names == "*" or name in names.split() for names, name in pairs):
+            found.update(differing)
+    return found
 
 
 def table():
     """`RECIPES` as lines of text."""
-    cells = [("data", "arch", "model", *COLUMNS)]
-    cells += [(*row[:3], *(f"{value:g}" for value in row[3])) for row in RECIPES]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["The first row that fits data, arch and model is the recipe; * fits all.", ""]
-    return lines + [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]
+    lines = ["Each row says what differs from the rows above it, for what it names; * is all.", ""]
+    for *names, differing in [("data", "arch", "kind", {}), *RECIPES]:
+        said = " ".join(f"{key}={value:.4g}" for key, value in differing.items())
+        lines.append("{:25}{:16}{:13}".format(*names) + said)
+    return lines
 
 
 def settings(args):
-    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and model.
+    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind.
 
     Raises:
-        ValueError: an option that this kind of network does not have.
+        ValueError: an option that this kind of network does not have, or a schedule that cannot be.
     """
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in COMMANDS}
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
     config = WHAT | {k: given[k] for k in WHAT if k in given}
-    kind = config["model"]
-    if kind != "ei" and any(config[k] != v for k, v in FULL.items() if k != "model"):
-        raise ValueError("--eps, --no-ste, --no-grad-scaling and --init kaiming are ablations of --model ei only")
+    kind = config["kind"]
+    if kind != "ei" and any(config[k] != v for k, v in FULL.items() if k != "kind"):
+        raise ValueError("--eps, --no-ste, --no-grad-scaling and --init kaiming are ablations of --kind ei only")
     if kind == "dann" and any(config[k] != NEURONS[k] for k in ("tau", "threshold", "alpha")):
-        raise ValueError("--tau, --threshold and --alpha are of spiking neurons: --model dann has none")
+        raise ValueError("--tau, --threshold and --alpha are of spiking neurons: --kind dann has none")
     if kind in ("bn", "plain") and config["ei_ratio"] != NEURONS["ei_ratio"]:
-        raise ValueError(f"--ei-ratio is of E-I circuits: --model {kind} has none")
-    if config["plan"] and config["arch"] == "resnet18":
-        raise ValueError("--plan is the list of layers of a VGG or an MLP: --arch resnet18 takes none")
-    values = dict(zip(COLUMNS, recipe(config["data"], config["arch"], kind)[3], strict=True))
-    if "epochs" in given:  # a shorter run is the same schedule in proportion
-        values["warmup_epochs"] *= given["epochs"] / values["epochs"]
-    return config | values | given
+        raise ValueError(f"--ei-ratio is of E-I circuits: --kind {kind} has none")
+    config.update(recipe(config["data"], config["arch"], kind))
+    share = config.pop("warmup")
+    config.update(given)
+    if "warmup_epochs" not in given:
+        config["warmup_epochs"] = round(share * config["epochs"], 6)
+    if config["warmup_epochs"] > config["epochs"]:
+        raise ValueError(
+            f"a warm-up of {config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}: give "
+            "fewer --warmup-epochs or more --epochs"
+        )
+    return config
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are ValueErrors of one line, as those of a config.json are."""
+    """A command line whose errors are ValueErrors of one line."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs, allow_abbrev=False)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
 
     def error(self, message):
         raise ValueError(message)
-
-    def parse_args(self, argv=None, namespace=None):
-        args = super().parse_args(argv, namespace)
-        if [] in vars(args).values():
-            self.error("'--' is no value")  # argparse lets it pass as an empty list
-        return args
 
 
 def number(kind, low, high, name, text):
@@ -160,17 +139,14 @@ def epsilon(text):
 
 def folder(text):
     """A path at which there may be a folder, or nothing yet."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    path = Path(text).expanduser()
-    if path.is_file():
-        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
-    return path
+    if not text or Path(text).expanduser().is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return Path(text).expanduser()
 
 
 def layer_sizes(text):
     """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
-    words = re.split(r"[\s,-]+", text.strip()) if text.strip() else []
+    words = re.findall(r"[^\s,-]+", text)
     if not all(word == "P" or (re.fullmatch("[0-9]+", word) and 0 < int(word) <= 10**6) for word in words):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no list of layer sizes and P")
     return "-".join(words)
@@ -183,9 +159,11 @@ def plan_of(config):
 
 def add_settings(p):
     """The options that are settings of a run. What is not given is None; `settings` fills it in from the recipe."""
+    yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
-    p.add_argument("--plan", type=layer_sizes, help='other layers for a VGG or an MLP, e.g. "16 P 32 P"')
-    p.add_argument("--model", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
+    p.add_argument("--plan", type=layer_sizes, help='other layers, e.g. "16 P 32 P"')
+    p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
+    p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
@@ -203,45 +181,39 @@ def add_settings(p):
     p.add_argument("--clip-norm", type=non_negative, help="largest norm of the gradient, 0: any (dann 1, else 0)")
     p.add_argument("--T", type=count, help="time steps (4), frames of events (10, 16)")
     p.add_argument("--eps", type=epsilon, help=f"{', '.join(STABILIZERS)}, or a constant added to I_div (adaptive)")
-    p.add_argument("--ste", action=argparse.BooleanOptionalAction, help="straight-through estimator (yes)")
-    p.add_argument("--grad-scaling", action=argparse.BooleanOptionalAction, help="W_EI's, by 1/d (yes)")
+    p.add_argument("--ste", action=yes_or_no, help="straight-through estimator (yes)")
+    p.add_argument("--grad-scaling", action=yes_or_no, help="W_EI's, by 1/d (yes)")
     p.add_argument("--init", choices=["ei", "kaiming"], help="E-I Init, or absolute values of Kaiming's (ei)")
     p.add_argument("--seed", type=whole, help="0")
 
 
 def add_ways(p):
     """The options that say how a run is made, and are no setting of it."""
+    flag = dict(action="store_true", default=None)
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
-    p.add_argument("--plain", action="store_true", default=None, help="the plain equations only, no fused forms")
-    p.add_argument(
-        "--give-up", action="store_true", default=None, help="end a run that is at chance for a third of its epochs"
-    )
+    p.add_argument("--plain", **flag, help="the plain equations only, no fused forms")
+    p.add_argument("--give-up", **flag, help="end a run that is at chance for a third of its epochs")
 
 
 def parse(argv=None):
     """The command line of train.py."""
-    p = Parser(prog="train.py", description="Train a spiking network with lateral inhibition.", allow_abbrev=False)
+    flag = dict(action="store_true", default=None)
+    p = Parser(prog="train.py", description="Train a spiking network with lateral inhibition.")
     add_settings(p)
     add_ways(p)
-    p.add_argument("--out", type=folder, help="run folder (runs/<data>-<arch>-<model>-...)")
+    p.add_argument("--out", type=folder, help="run folder (runs/<data>-<arch>-<kind>-...)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
-    p.add_argument("--other-data", action="store_true", default=None, help="with --eval: also on data of another run")
+    p.add_argument("--other-data", **flag, help="with --eval: also on data of another run")
     p.add_argument("--official", metavar="NAME|DIR", help="test the authors' trained network, e.g. CIFAR10-VGG8")
-    p.add_argument("--recipes", action="store_true", default=None, help="print the table of recipes")
+    p.add_argument("--recipes", **flag, help="print the table of recipes")
     return p.parse_args(argv)
 
 
-def option(key, value):
-    """A setting as the command-line option that gives it."""
-    name = key.replace("_", "-")
-    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
-
-
 def run_name(config):
-    """<data>-<arch>-<model>-<what differs from the paper's method>-seed<n>."""
-    parts = [config["data"], config["arch"], config["model"]]
-    parts += [f"plan{config['plan']}"] if config.get("plan") else []
+    """<data>-<arch>-<kind>-<what differs from the paper's method>-seed<n>."""
+    parts = [config["data"], config["arch"], config["kind"]]
+    parts += [f"plan{config['plan']}"] if config["plan"] else []
     parts += [] if config["width"] == 1 else [f"width{config['width']:g}"]
     if config["eps"] != "adaptive":
         parts.append(f"eps{config['eps']}" if isinstance(config["eps"], str) else f"eps{config['eps']:g}")
@@ -249,3 +221,60 @@ def run_name(config):
     parts += ["kaiming"] * (config["init"] == "kaiming")
     parts += [f"{k.replace('_', '')}{config[k]:g}" for k in NEURONS if k != "width" and config[k] != NEURONS[k]]
     return "-".join([*parts, f"seed{config['seed']}"])
+
+
+# ---- how a command ends ----------------------------------------------------------------------------------------------
+
+
+class Forgiving:
+    """A stream that never ends a training: where nobody can read any more (`| head`, a full disk), the text is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # None: there is no console
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a console cannot encode
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except (OSError, ValueError):  # ValueError: it is closed
+            pass
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):  # what is left goes nowhere, or Python would complain at its end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):  # encoding, fileno, isatty, ...
+        return getattr(self.stream, name)
+
+
+def status(command, rank="0"):
+    """Calls a command line's function and returns its exit status; what the user can mend ends in one line and 2."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Forgiving, before)
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:1000]
+        if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", said):
+            said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
+        elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
+            raise  # an error of the program
+        print("error:" if rank == "0" else f"process {rank}:", said, file=sys.stderr)
+        return 2
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def quoted(path):
+    """A path as part of a command that is to be typed, in the shell at hand."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))

@@ -1,80 +1,61 @@
-"""The run folder: what a training writes, so that it can be stopped at any moment and goes on where it was. A reader of
-the paper may skip this file.
+"""The run folder: what a training writes, so that it can be stopped and goes on where it was.
 
-    checkpoint.pt       the whole state of the training; all the others are written again from it when a run is resumed
+    checkpoint.pt       the whole state of the training, at the end of an epoch or where it was stopped
     checkpoint.prev.pt  the one before, for when that one turns out to be damaged
-    config.json         every setting, written once, after the first checkpoint
-    best.pt             parameters of the epoch with the best test accuracy
+    best.pt             the network of the epoch with the best test accuracy
+    config.json         every setting, and a fingerprint of the equations with which the run was begun
     metrics.csv         a line an epoch
     histograms.json     how I_int and u of each layer are distributed (`measure.histograms`), at the start and after
                         each epoch
     result.json         the outcome, when the run has ended
     .lock               held by the process that trains; the system frees it when that process ends, however it ends
 
-Every file is written under another name, brought to the disk and then renamed, so that at any moment each is either the
-old or the new one, whole; the .pt files end in a SHA-256 of what precedes it. Random numbers are drawn from generators
-seeded by (seed, step), so the state of a training is its parameters, the optimiser's, and a few counts; nothing else
-has to be restored, and on a CPU a resumed run ends with the same bits as one that was never stopped.
+Every file is written under another name and then renamed, so that at any moment each is either the old or the new one,
+whole. Ctrl-C, SIGTERM and a closed terminal lose nothing; after a power cut or a kill the training goes on from the
+last epoch that it had finished. Random numbers are drawn from generators seeded by (seed, step), so nothing else has to
+be restored, and on a CPU a resumed run ends with the same bits as one that was never stopped.
 """
 
+import ast
 import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
-import weakref
+import time
+import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from ei_init import initialize
-from model import build
+import baselines
+import ei_init
+import ei_prop
+import inhibition
+import lif
+import model as networks
 from support import data, recipes
-from support.console import first_line, quoted, replace
-from support.recipes import option, parse, settings
-
-fcntl = msvcrt = None
-try:
-    import fcntl
-except ImportError:  # Windows
-    with contextlib.suppress(ImportError):
-        import msvcrt
+from support.fast import normal_form
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
-SEAL = hashlib.sha256().digest_size  # bytes
-# What the files must hold, and may hold more of; see `bad_part`.
-DATA = {"classes": [str], "shape": [int], "train": str, "test": str}  # see `data.identity`
-BEST_STATE = {"model": dict, "epoch": int, "accuracy": float, "config": dict, "data": DATA}
-ROW = {"epoch": int, "test_accuracy": float, "seconds": float}
-STATE = {"model": dict, "optimizer": {"state": dict}, "step": int, "epoch_sums": (float, float), "history": [ROW]}
-STATE |= {"epoch_seconds": float, "histograms": list, "config": dict, "data": DATA}
-STATE |= {"best": [BEST_STATE]}  # empty before the first epoch's end
+# What these files hold at least.
+PARTS = {CHECKPOINT: ("model", "optimizer", "step", "sums", "history", "histograms", "config", "data")}
+PARTS |= {PREVIOUS: PARTS[CHECKPOINT], BEST: ("model", "epoch", "accuracy", "config", "data")}
 
 
-def bad_part(value, kind, name="it"):
-    """The name of the first part of `value` that is not of its kind; None if all are.
-
-    A kind is a type (float: any number), a dict of kinds, a list of one kind for all elements, or a tuple of kinds for
-    a list of that length.
-    """
-    if isinstance(kind, dict):
-        parts = [(value.get(k), of, k) for k, of in kind.items()] if isinstance(value, dict) else None
-    elif isinstance(kind, list):
-        parts = [(v, kind[0], name) for v in value] if isinstance(value, list) else None
-    elif isinstance(kind, tuple):
-        fits = isinstance(value, list) and len(value) == len(kind)
-        parts = [(v, of, name) for v, of in zip(value, kind, strict=True)] if fits else None
-    else:
-        parts = [] if isinstance(value, (int, float) if kind is float else kind) else None
-    return name if parts is None else next(filter(None, (bad_part(*part) for part in parts)), None)
+def replace(source, target):
+    """`os.replace`, tried again for a second where another program (a virus scanner) holds the file for a moment."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.05)
+    os.replace(source, target)
 
 
-def write_atomically(path, data, previous=None):
+def write_atomically(path, content):
     """Writes bytes to a file so that it is never seen half written; what was there stays if that fails.
-
-    Args:
-        previous: a path to which the old file is moved, rather than being replaced.
 
     Raises:
         OSError: a full disk, a folder that cannot be written.
@@ -82,18 +63,25 @@ def write_atomically(path, data, previous=None):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            replace(path, previous)
         replace(temporary, path)
     except OSError as error:
-        try:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
         raise OSError(f"cannot write {path}: {error.strerror}; what was there before is intact") from None
+
+
+def equations():
+    """A fingerprint of each concept file, {"lif.py": "..."}: without comments, docstrings, layout and demonstration."""
+    found = {}
+    for module in (lif, ei_prop, inhibition, ei_init, baselines, networks):
+        path = Path(module.__file__)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]  # if __name__ == "__main__"
+        found[path.name] = hashlib.sha256(repr(normal_form(tree)).encode()).hexdigest()[:12]
+    return found
 
 
 class Taken(ValueError):
@@ -103,44 +91,42 @@ class Taken(ValueError):
 class Run:
     """A run folder.
 
-    `Run.create` makes a new one and `resume` goes on with one that is there: both lock it, for as long as the object
-    lives. `Run(folder)` alone reads, also while another process trains.
+    `Run.create` makes a new one, and `lock` goes on with one that is there: both keep it from other processes until
+    `close`. `Run(folder)` alone reads, also while another process trains.
 
-    Args:
-        folder: its path.
+    Attributes:
+        folder, config: its path and its settings.
+        data: what is remembered of its data, see `data.identity`.
 
     Raises:
-        ValueError, OSError: no such run, or one that is damaged beyond repair, or in use.
+        ValueError, OSError: no such run, or one that is damaged or in use.
     """
 
     def __init__(self, folder, config=None):
-        self.folder, self.best = Path(folder).expanduser(), []
-        self.quoted = quoted(self.folder)
-        self.config = config  # as config.json has it
-        self.writes = self.new = False  # a process that has not locked the folder does not write
-        self.unwritten = False  # whether that is still to be written, or again
-        self.data = None  # what is remembered of them, see `data.identity`
-        self.after_epoch = None  # a function of the history, called when an epoch is saved
-        if config is None:
-            self.config = self._read_config()
+        self.folder, self.data, self._lock, self._made = Path(folder).expanduser(), None, None, False
+        self.quoted, self.after_epoch = recipes.quoted(self.folder), None  # a function of the history
+        self.equations = equations()
+        self.config = self._read_config() if config is None else config
 
     def _read_config(self):
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise ValueError("it holds no settings")
-            return config
-        except (OSError, ValueError, RecursionError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = f"{path} cannot be read: {first_line(error)}"
-        try:
+            self.equations = config.pop("equations", {})
+        except FileNotFoundError:
+            if not saved(self.folder):
+                raise ValueError(f"{self.folder} is not a run folder: it has no config.json") from None
             config = self.load()["config"]
-        except ValueError:
-            reason = f"{self.folder} is not a run folder: it has no config.json" if missing else reason
-            raise ValueError(reason) from None
-        print(f"{reason}; the settings in the checkpoint are used")
-        self.unwritten = True
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): mend it, or delete it if there is a {CHECKPOINT}, which holds the "
+                "settings too"
+            ) from None
+        known = recipes.settings(recipes.parse([]))
+        odd = [key for key in known.keys() ^ config.keys()]
+        odd += [k for k, v in known.items() if k in config and k != "eps" and not isinstance(config[k], like(v))]
+        if odd:
+            raise ValueError(f"{path} is of another version of the program, or damaged: see its {min(odd)!r}")
         return config
 
     @classmethod
@@ -151,262 +137,206 @@ class Run:
             choose: where there is a run in the folder, or another process, take the first of folder-2, folder-3, ...
                 that is free. Else that is a ValueError.
         """
-        folder = Path(folder).expanduser()
-        n, candidate = 1, folder
+        folder, n = Path(folder).expanduser(), 1
         while True:
+            run = cls(folder if n == 1 else f"{folder}-{n}", config)
+            run._made = not run.folder.exists()
             try:
-                return cls._claim(candidate, config)
+                run.folder.mkdir(parents=True, exist_ok=True)
+                run.lock()
+                if holds_run(run.folder):
+                    run.close()
+                    again = f"go on with --resume {run.quoted}, or choose another --out"
+                    raise Taken(f"{run.folder} already holds a run: {again}")
+                return run
             except Taken:
                 if not choose:
                     raise
                 n += 1
-                candidate = Path(f"{folder}-{n}")
-
-    @classmethod
-    def _claim(cls, folder, config):
-        new = not folder.exists()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot make the run folder {folder}: {error.strerror}") from None
-        run = cls(folder, json.loads(_json(config)))
-        run.lock()
-        if holds_run(folder):
-            run.close()
-            raise Taken(f"{folder} already holds a run: go on with --resume {run.quoted}, or choose another --out")
-        run.unwritten, run.new = True, new
-        return run
+            except OSError as error:
+                raise OSError(f"cannot make the run folder {run.folder}: {error.strerror}") from None
 
     def lock(self):
-        """Keeps the folder from other processes until `close`, or until this object or the process is gone."""
-        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._unlock = weakref.finalize(self, os.close, file)
+        """Keeps the folder from other processes until `close`, or until the process is gone."""
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif msvcrt:
-                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
-            self._unlock()
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
             raise Taken(f"{self.folder} is in use: another process trains in it; wait for its end") from None
-        except OSError:  # a file system without locks
+        except NotImplementedError:  # a file system without locks
             pass
-        self.writes = True  # only now
 
     def close(self):
         """Lets go of the folder. A new one in which nothing was saved disappears."""
-        if not self.writes:
-            return
-        self._unlock()
-        self.writes = False
-        if self.new and not holds_run(self.folder):
-            with contextlib.suppress(OSError):
-                (self.folder / ".lock").unlink()
-                self.folder.rmdir()
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+            with contextlib.suppress(OSError):  # it holds something
+                if self._made and not holds_run(self.folder):
+                    (self.folder / ".lock").unlink(missing_ok=True)
+                    self.folder.rmdir()
 
     def settings(self, given, free=("data_root",)):
-        """The settings of an existing run, checked as those of the command line are.
+        """The settings, where `given` may not contradict them but in what is free (data may have moved).
 
         Args:
-            given: what is asked for now, by name; None is nothing. It may not contradict the settings.
-            free: names for which it may, and counts. Data may have moved.
+            given: what is asked for now, by name; None is nothing.
 
         Raises:
-            ValueError: config.json is damaged or of another version, or `given` contradicts it.
+            ValueError: `given` contradicts the settings.
         """
-        path = self.folder / "config.json"
-        try:
-            if unknown := self.config.keys() - settings(parse([])):
-                raise ValueError(f"there is no setting {min(unknown)!r}")
-            config = settings(parse([option(*item) for item in self.config.items()]))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged or of another version of the program: {error}; correct it, or delete it if there "
-                f"is a {CHECKPOINT}, which holds the settings too"
-            ) from None
-        for key, value in given.items():
-            if value is not None and key in config and key not in free and value != config[key]:
-                raise ValueError(f"{self.folder} was made with {key}={config[key]}, not {value}")
-        return config | {key: given[key] for key in free if given.get(key) is not None}
+        asked = {key: value for key, value in given.items() if value is not None and key in self.config}
+        for key, value in asked.items():
+            if key not in free and value != self.config[key]:
+                raise ValueError(f"{self.folder} was made with {key}={self.config[key]}, not {value}")
+        return self.config | {key: value for key, value in asked.items() if key in free}
 
-    def keep_best(self, model, row):
-        """Remembers the network if this epoch's row of the history has the best test accuracy so far."""
-        if not self.best or row["test_accuracy"] > self.best[0]["accuracy"]:
-            copy = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-            self.best = [dict(model=copy, epoch=row["epoch"], accuracy=row["test_accuracy"])]
-            self.best[0] |= dict(config=self.config, data=self.data)
+    def say_other_equations(self):
+        """One line if the concept files are not those with which the run was begun."""
+        now = equations()
+        if other := [file for file in now if self.equations.get(file, now[file]) != now[file]]:
+            print(f"other equations than those with which {self.folder} was begun: {', '.join(other)} changed since")
 
     def save(self, state):
-        """Writes checkpoint.pt, keeping the one before, then what follows from it: best.pt if new, and the rest."""
-        if not self.writes:
+        """Writes the state of the training, keeping the one before, and the tables that follow from it."""
+        if not self._lock:  # not the first of several processes
             return
-        state = state | dict(config=self.config, best=self.best)
-        write_atomically(self.folder / CHECKPOINT, _sealed(state), self.folder / PREVIOUS)
-        self._derive(state, new=self.best and self.best[0]["epoch"] == len(state["history"]))
+        path = self.folder / CHECKPOINT
+        content = packed(state | dict(config=self.config, data=self.data))
+        if path.exists():
+            replace(path, self.folder / PREVIOUS)
+        write_atomically(path, content)
+        self.write_tables(state["history"], state["histograms"])
 
-    def _derive(self, state, new):
-        if self.unwritten:
-            write_atomically(self.folder / "config.json", _json(self.config))
-            (self.folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
-            self.unwritten = False
-        if new:
-            write_atomically(self.folder / BEST, _sealed(self.best[0]))
-        history, text = state["history"], io.StringIO()
+    def write_tables(self, history, histograms):
+        """Writes metrics.csv, histograms.json and config.json. A result.json of fewer epochs goes."""
+        if not self._lock:
+            return
+        (self.folder / "result.json").unlink(missing_ok=True)
+        text = io.StringIO()
         if history:
             writer = csv.DictWriter(text, history[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(history)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        write_atomically(self.folder / "histograms.json", json.dumps(state["histograms"]).encode() + b"\n")
+        write_atomically(self.folder / "histograms.json", json.dumps(histograms).encode() + b"\n")
+        write_atomically(self.folder / "config.json", as_json(self.config | dict(equations=self.equations)))
+
+    def keep_best(self, model, epoch, accuracy):
+        """Writes best.pt."""
+        if self._lock:
+            best = dict(model=model.state_dict(), epoch=epoch, accuracy=accuracy, config=self.config, data=self.data)
+            write_atomically(self.folder / BEST, packed(best))
 
     def keep_trained(self, model, accuracy):
         """Writes the folder of a network that was trained elsewhere: it has no history and no checkpoint."""
-        self.keep_best(model, dict(epoch=0, test_accuracy=accuracy))
-        write_atomically(self.folder / BEST, _sealed(self.best[0]))
-        write_atomically(self.folder / "config.json", _json(self.config))
-
-    def resume(self):
-        """Locks the folder, makes it whole, and returns the newest state that is intact."""
-        self.lock()
-        name, state = self._newest()
-        if name == PREVIOUS:  # or the next save would put the damaged one in its place
-            replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
-        print(f"{self.folder} goes on at step {state['step']}, with {len(state['history'])} epochs behind it")
-        self.best, self.data = state["best"], state["data"]
-        if state["config"].get("epochs") != self.config.get("epochs"):  # it was killed when it was made longer
-            self.extend(state["config"].get("epochs"))
-        self._derive(state, new=self.best)
-        return state
-
-    def extend(self, epochs):
-        """Another number of epochs; it is written with the next save. The run is not finished then."""
-        self.config = self.config | dict(epochs=epochs)
-        self.unwritten = True
+        self.keep_best(model, 0, accuracy)
+        write_atomically(self.folder / "config.json", as_json(self.config | dict(equations=self.equations)))
 
     def load(self, name=CHECKPOINT):
-        """The state in checkpoint.pt, or the one before if that is damaged; or what is, or should be, in best.pt.
-
-        Tensors are on the CPU. Nothing in the file is executed. What is used in place of a damaged file is printed.
+        """What is in checkpoint.pt, or in the one before if that is damaged; or in best.pt. Tensors are on the CPU.
 
         Raises:
-            ValueError: no such file is intact (their checksums are compared), or it is of something else.
+            ValueError: no such file is intact, or it is of something else. Nothing in it is executed.
         """
-        if name == CHECKPOINT:
-            return self._newest()[1]
         try:
-            return self._read(name, BEST_STATE)
+            return self._read(name)
         except ValueError as error:
-            try:
-                state = self._newest()[1]["best"][0]
-            except ValueError:
-                raise error from None
-            except IndexError:
-                ended = (self.folder / "result.json").exists()
-                reason = "the training broke off" if ended else f"no epoch has ended: --resume {self.quoted}"
-                raise ValueError(f"{self.folder} has no {name}: {reason}") from None
-            print(f"{error}; the copy in the checkpoint is used")
+            if name == BEST or not (self.folder / PREVIOUS).exists():
+                raise
+            state = self._read(PREVIOUS)
+            print(f"{error}; the one before is used, of step {state['step']}")
             return state
 
-    def _newest(self):
-        """(name, state) of checkpoint.pt, or of the one before it."""
-        try:
-            return CHECKPOINT, self._read(CHECKPOINT, STATE)
-        except ValueError as error:
-            try:
-                state = self._read(PREVIOUS, STATE)
-            except ValueError:
-                raise error from None
-            print(f"{error}; the one before is used, of step {state['step']}")
-            return PREVIOUS, state
-
-    def _read(self, name, kind):
+    def _read(self, name):
         path = self.folder / name
-        foreign = f"{path} is damaged or not a checkpoint of this version"
+        if not path.exists():
+            reason = f"no epoch has ended: --resume {self.quoted}" if saved(self.folder) else "it was not saved here"
+            raise ValueError(f"{self.folder} has no {name}: {reason}")
         try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.folder} has no {name}: nothing was saved yet, it was deleted, or the network was trained "
-                "elsewhere"
-            ) from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        content = memoryview(raw)[:-SEAL]
-        if hashlib.sha256(content).digest() != raw[-SEAL:]:
-            raise ValueError(f"{foreign}: its checksum is wrong")
-        try:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # a foreign pickle fails in many ways, and is refused here too
-            raise ValueError(f"{foreign}: {first_line(error)}") from None
-        if part := bad_part(state, kind):
-            raise ValueError(f"{foreign}: {part} is missing in it or not what it should be")
-        for key, value in state["config"].items() if self.config is not None else ():
-            if key not in ("data_root", "epochs") and value != self.config.get(key):
+            with zipfile.ZipFile(path) as archive:  # its checksums
+                if archive.testzip():
+                    raise ValueError("its checksum is wrong")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            missing = [key for key in PARTS[name] if key not in state]
+        except Exception as error:  # a foreign file fails in many ways
+            pointer = path.read_bytes().startswith(b"version https://git-lfs")
+            said = "it is a Git LFS pointer, so run git lfs pull" if pointer else str(error).partition("\n")[0][:200]
+            raise ValueError(f"{path} is damaged or not a checkpoint of this version: {said}") from None
+        if missing:
+            raise ValueError(f"{path} is damaged or not a checkpoint of this version: it has no {missing[0]!r}")
+        for key, value in (getattr(self, "config", None) or {}).items():
+            if key not in ("data_root", "epochs") and value != state["config"].get(key):
                 raise ValueError(
-                    f"{path} belongs to another network or training than config.json says: it was saved with "
-                    f"{key}={value}, not {self.config.get(key)}"
+                    f"{path} belongs to another training than config.json says: it was saved with "
+                    f"{key}={state['config'].get(key)}, not {value}"
                 )
         return state
 
-    def finish(self, history, n_classes, broken=None, given_up=False):
+    def check_data(self, known, dataset, other_frames=False, other_data=False):
+        """Refuses to test a network on other data than those of its training, unless that is asked for.
+
+        Args:
+            known: what the run remembers of its data, see `data.identity`.
+            other_frames: the data are recordings in another number of frames, so that the samples differ in any case.
+            other_data: it is asked for; then a line says what differs.
+        """
+        now, but = data.identity(dataset), ("train", "test", "shape") if other_frames else ("train",)
+        if len(known["classes"]) != len(now["classes"]):
+            raise ValueError(
+                f"the network of {self.folder} tells {len(known['classes'])} classes apart, but these data have "
+                f"{len(now['classes'])}"
+            )
+        different = data.differences(known, now, but)
+        if different and not other_data:
+            raise ValueError(
+                f"these data are not those of {self.folder}: {different}; to test on them, add --other-data"
+            )
+        if different:
+            print(f"other data than those of the training: {different}")
+
+    def finish(self, history, chance, broken=None, given_up=False):
         """Writes result.json and says how the run ended.
 
         Args:
             history: a dict for each epoch.
-            n_classes: chance is 1 / n_classes.
+            chance: the accuracy of guessing.
             broken: the layer that was not finite, if the training ended by that.
             given_up: the training was cut off, because it was at chance.
         """
         accuracies = [row["test_accuracy"] for row in history]
         seconds = sum(row["seconds"] for row in history)
-        result = dict(outcome=outcome(accuracies, n_classes, nonfinite=broken is not None))
-        if broken:
-            result["first_nonfinite_layer"] = broken
-        if given_up:
-            result["given_up"] = True
+        result = dict(outcome=outcome(accuracies, chance, nonfinite=broken is not None))
+        result |= dict(first_nonfinite_layer=broken) if broken else {}
+        result |= dict(given_up=True) if given_up else {}
+        last = ""
         if history:
             best = max(history, key=lambda row: row["test_accuracy"])
             result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"])
             result |= dict(best_epoch=best["epoch"], epochs=len(history), train_seconds=round(seconds, 1))
+            last = f", test accuracy {accuracies[-1]:.2%}, best {best['test_accuracy']:.2%} (chosen on the test set)"
         result |= dict(torch=torch.__version__, config=self.config, data=self.data)
-        if self.writes:
-            write_atomically(self.folder / "result.json", _json(result))
-        last = f", test accuracy {accuracies[-1]:.2%}, best {best['test_accuracy']:.2%}" if history else ""
+        if self._lock:
+            write_atomically(self.folder / "result.json", as_json(result))
         cut = f", given up after {len(history)} epochs at chance" if given_up else ""
         print(f"{result['outcome']}{last}{cut}, {seconds:.0f} s of training")
         print(f"run folder: {self.folder}   its figures: python visualize.py all {self.quoted}")
 
 
-def _json(value):
+def like(value):
+    """The types that a setting may have in place of this value."""
+    return (int, float) if type(value) in (int, float) else type(value)
+
+
+def as_json(value):
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _sealed(state):
+def packed(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     return buffer.getbuffer()
-
-
-def restore(module, state, path):
-    """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
-    try:
-        if isinstance(module, torch.optim.Optimizer):  # its settings are the run's; only what was computed is restored
-            parameters = dict(enumerate(p for group in module.param_groups for p in group["params"]))
-            values = state["state"]  # none of a parameter that has had no gradient
-            tensors = [(value["momentum_buffer"], parameters[i]) for i, value in values.items()]
-            state = module.state_dict() | dict(state=values)
-        else:
-            tensors = [(state[name], expected) for name, expected in module.state_dict().items() if name in state]
-        for tensor, expected in tensors:
-            if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
-                raise ValueError(f"{tensor.dtype} of {(*tensor.shape,)} for {expected.dtype} of {(*expected.shape,)}")
-        module.load_state_dict(state)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(
-            f"{path} belongs to another network than its config.json and the program, as it is now, say: {reason}"
-        ) from None
 
 
 def saved(folder):
@@ -419,46 +349,68 @@ def holds_run(folder):
     return saved(folder) or (Path(folder) / "config.json").exists()
 
 
+def restore(module, state, path):
+    """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
+    try:
+        if isinstance(module, torch.optim.Optimizer):
+            now, then = module.state_dict()["param_groups"], state["param_groups"]
+            if [group.keys() for group in now] != [group.keys() for group in then]:
+                raise ValueError("it was trained with another optimiser")
+        module.load_state_dict(state)
+        for p, values in getattr(module, "state", {}).items():  # an optimiser's
+            shapes = {v.shape for v in values.values() if isinstance(v, torch.Tensor) and v.dim()}
+            if shapes - {p.shape}:
+                raise ValueError(f"the optimiser's state is of {shapes}, the parameter of {p.shape}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(
+            f"{path} belongs to another network or optimiser than its config.json and the program, as it is now, say: "
+            f"{reason}"
+        ) from None
+
+
+def differing(run, other):
+    """What must be equal in two trainings that are set side by side, and is not: a list of names of settings."""
+    same = ["data", "arch", "plan", "width", "image_size", "epochs", "batch_size", "augment"]
+    same += ["T"] * ("dann" not in (run.config["kind"], other.config["kind"]))  # DANN has no time
+    found = [key for key in same if run.config.get(key) != other.config.get(key)]
+    ours, theirs = run.load(BEST)["data"], other.load(BEST)["data"]
+    return found + ["images"] * bool(not found and data.differences(ours, theirs))
+
+
 def load_data_and_model(config, device):
     """The dataset and the network of a run's settings, on the device. The network is not initialised yet."""
     dataset = data.load(config["data"], config["data_root"], config["image_size"], device, config["T"])
     torch.manual_seed(config["seed"])
-    options = ("T", "image_size", "width", "tau", "threshold", "alpha", "ei_ratio", "eps", "ste", "grad_scaling")
-    options = {name: config[name] for name in options} | dict(kind=config["model"], plan=recipes.plan_of(config))
-    model = build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
+    names = ("T", "image_size", "width", *networks.NEURON_OPTIONS, *networks.CIRCUIT_OPTIONS["ei"])
+    options = {name: config[name] for name in names} | dict(kind=config["kind"], plan=recipes.plan_of(config))
+    model = networks.build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
     return dataset, model.to(device)
 
 
 def prepare(config, dataset, model):
     """E-I Init with the first training batch, once, before the first step. A control keeps its |Kaiming| weights."""
     if config["init"] == "ei":
-        initialize(model, data.first_batch(config, dataset)[0])
+        ei_init.initialize(model, data.first_batch(config, dataset)[0])
 
 
-def reopen(given, folder, free=("data_root",)):
-    """An existing run and its settings; an option given that contradicts them, other than the free ones, is refused."""
-    run = Run(folder)
-    return run, run.settings(given, free)
-
-
-def outcome(accuracies, n_classes, nonfinite=False):
+def outcome(accuracies, chance, nonfinite=False):
     """What became of a run, in the words of the paper's table on epsilon.
 
     Args:
         accuracies: test accuracy in [0, 1] after each epoch.
-        n_classes: chance is 1 / n_classes.
+        chance: the accuracy of guessing, in [0, 1].
         nonfinite: the training ended, in the epoch after these, because a value became infinite or NaN.
 
     Returns:
-        "failed to converge": never above twice chance (of two classes, halfway from chance to 1). "collapsed (epoch
-        N)": it was, and from epoch N (counted from 1) on stayed at most at 1.5 times chance, or became non-finite in
-        epoch N. Else "converged".
+        "failed to converge": never above twice chance (or, where chance is more than a third, halfway from chance to
+        1). "collapsed (epoch N)": it was, and from epoch N (counted from 1) on stayed at most at 1.5 times chance, or
+        became non-finite in epoch N. Else "converged".
     """
-    chance = 1 / n_classes
     if not any(a > min(2 * chance, (1 + chance) / 2) for a in accuracies):
         return "failed to converge"
     low = len(accuracies)
-    while accuracies[low - 1] <= 1.5 * chance:
+    while low and accuracies[low - 1] <= min(1.5 * chance, (1 + chance) / 2):
         low -= 1
     if low < len(accuracies) or nonfinite:
         return f"collapsed (epoch {low + 1})"
