@@ -1,4 +1,4 @@
-"""Reading runs for figures: which there are in a folder, what they wrote, and whether two of them were made alike."""
+"""Reading runs for figures: what is in their files, whether two were made alike, and which there are in a folder."""
 
 import csv
 import json
@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from support import data
-from support.console import quoted
 from support.measure import BINS
-from support.recipes import COLUMNS, FULL, WHAT, option
+from support.recipes import FULL, WHAT, parse, quoted, settings
 from support.runs import BEST, Run, holds_run, saved
 
-KIND = "model"  # the setting that says which kind of network it is
-LACKS = dict(ei=(), bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "threshold", "alpha", "T"))  # settings, by kind
-CHOICES = [key for key in WHAT if key not in (*FULL, "data_root")]  # data, network, neurons, seed
-ALIKE = ("epochs", "batch_size", "image_size", "T")  # of runs side by side, where they have it
+# Settings that a kind of network has of its own, or not at all.
+OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
+LACKS = dict(ei=(), bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "threshold", "alpha", "T"))
 
 
 def read(run, name, take):
@@ -29,8 +27,16 @@ def read(run, name, take):
         reason = f"{run.folder} has no {name}"
     except Exception as error:  # a damaged file fails in many ways
         reason = f"{run.folder / name} is damaged ({type(error).__name__}: {error})"
-    advice = "there is no checkpoint to make it from, so it has no history: its network was trained elsewhere"
-    raise ValueError(f"{reason}; {f'python train.py --resume {run.quoted} makes it' if saved(run.folder) else advice}")
+    if saved(run.folder):
+        raise ValueError(f"{reason}: python train.py --resume {run.quoted} writes it")
+    raise ValueError(
+        f"{reason}, nor a checkpoint to make it from; or it has no history: its network was trained elsewhere"
+    )
+
+
+def outcome(run):
+    """What became of a run, in words, and its `metrics`."""
+    return read(run, "result.json", lambda result: result["outcome"].strip()), metrics(run)
 
 
 def metrics(run):
@@ -57,78 +63,58 @@ def histograms(run):
     return read(run, "histograms.json", counts)
 
 
-def differing(run, other):
-    """What was not made alike in two runs that are to stand side by side: "data" and names of settings; a list.
-
-    Of two networks of one kind every setting of the recipe counts, else `ALIKE`.
-    """
-    kinds = run.config[KIND], other.config[KIND]
-    lacking = {*LACKS[kinds[0]], *LACKS[kinds[1]]}
-    keys = COLUMNS if kinds[0] == kinds[1] else ALIKE
-    found = [key for key in keys if key not in lacking and run.config[key] != other.config[key]]
-    mine, others = data_of(run), data_of(other)
-    frames = "T" in lacking and mine["shape"] != others["shape"]  # other numbers of frames of the same recordings
-    different = data.differences(mine, others, ("train", "test", "shape") if frames else ())
-    return ["data"] * bool(different) + found
-
-
 def data_of(run):
     """What a run remembers of its data, see `data.identity`."""
-    if not (run.folder / "result.json").exists():
+    if (run.folder / BEST).exists():
         return run.load(BEST)["data"]
-    known = itemgetter("classes", "shape", "train", "test")
-    return read(run, "result.json", lambda result: known(result["data"]) and result["data"])
+    parts = ("classes", "shape", "train", "test")
+    return read(run, "result.json", lambda result: {part: result["data"][part] for part in parts})
+
+
+def differing(run, other):
+    """What must be equal in two runs that are set side by side, and is not: names of settings, or "images"; a list.
+
+    Kinds of network may differ in what each has of its own, e.g. the learning rate. So may ablations and seeds.
+    """
+    kinds = {run.config["kind"], other.config["kind"]}
+    free = {*FULL, "data_root", "seed"}.union(*map(LACKS.get, kinds), OWN if len(kinds) == 2 else ())
+    found = [key for key in run.config if key not in free and run.config[key] != other.config.get(key)]
+    ours, theirs = data_of(run), data_of(other)
+    other_frames = "T" in free and ours["shape"] != theirs["shape"]  # of the same recordings
+    different = data.differences(ours, theirs, ("train", "test", "shape") if other_frames else ())
+    return found or ["images"] * bool(different)
 
 
 class Runs:
-    """The runs in a folder, or the one that it is.
+    """The runs in the folder `args.runs`, or the one that it is, which have the settings that are given in `args`."""
 
-    Args:
-        folder: its path.
-        given: settings by name; only runs with these are taken. Where several data, networks, seeds or neurons are
-            there, and none is given: those with the paper's.
-    """
-
-    def __init__(self, folder, given):
-        self.folder, self.found, one = Path(folder), [], holds_run(folder)
-        for path in [folder] if one else filter(holds_run, sorted(self.folder.glob("*/"))):
+    def __init__(self, args):
+        self.folder, self.found, one = Path(args.runs), [], holds_run(args.runs)
+        self.given = {key: vars(args)[key] for key in settings(parse([])) if vars(args)[key] is not None}
+        root = self.given.pop("data_root", None)
+        for path in [self.folder] if one else sorted(filter(holds_run, self.folder.glob("*/"))):
             try:
-                self.found.append(Run(path))
+                run = Run(path)
+                run.config["data_root"] = root or run.config["data_root"]
+                asked = {key: value for key, value in self.given.items() if key not in LACKS[run.config["kind"]]}
+                self.found += [run] if asked.items() <= run.config.items() else []
             except ValueError as error:
                 if one:
                     raise
                 print(f"left out: {error}")
-        moved = {key: given.pop(key) for key in ("data_root",) if key in given}
-        for run in self.found:
-            run.config = WHAT | run.config | moved
-        for key in [*given, *CHOICES]:
-            having = [run for run in self.found if key not in LACKS[run.config[KIND]]]
-            there, value = {run.config[key] for run in having}, given.get(key, WHAT.get(key))
-            if key in given or len(there) > 1:
-                if key not in given and value not in there:
-                    values = ", ".join(map(str, sorted(there)))
-                    raise ValueError(f"{folder} has runs of several kinds, {key}: {values}. Choose one with --{key}")
-                self.found = [run for run in self.found if run not in having or run.config[key] == value]
-        shown, out = given | moved, self.folder.parent if one else self.folder
-        if self.found:
-            config = self.found[0].config
-            shown |= {key: config[key] for key in (*CHOICES, *ALIKE, "data_root") if key not in LACKS[config[KIND]]}
-        options = [option(key, value) for key, value in shown.items() if value != WHAT.get(key) and key not in FULL]
-        self.advice = " ".join(map(quoted, ["python", "reproduce.py", f"--out={out}", *options]))
-        self.method = FULL | {key: value for key, value in given.items() if key in FULL}
 
     def pick(self, **wanted):
-        """The run with these settings, and those of the paper's method where nothing else is said.
-
-        If there is one run only and nothing is said, it is that run, whatever its settings.
-        """
+        """The run with these settings, else those of the paper's method; if nothing is said, the only run there is."""
         if len(self.found) == 1 and not wanted:
             return self.found[0]
-        method = self.method | wanted
+        method = {key: self.given.get(key, value) for key, value in FULL.items()} | wanted
         fitting = [run for run in self.found if method.items() <= run.config.items()]
         if not fitting:
             said = " ".join(f"{key}={value}" for key, value in method.items())
-            raise ValueError(f"{self.folder} has no run with {said}: {self.advice}")
+            out = quoted(self.folder.parent if holds_run(self.folder) else self.folder)
+            how = f"python reproduce.py --out {out}, with the options of the others"
+            raise ValueError(f"{self.folder} has no run with {said}: {how}")
+        best = max(fitting, key=lambda run: sum(run.config[key] == value for key, value in WHAT.items()))
         if len(fitting) > 1:
-            print(f"{fitting[0].folder} is drawn, not {', '.join(str(run.folder) for run in fitting[1:])}")
-        return fitting[0]
+            print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
+        return best
