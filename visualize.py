@@ -20,7 +20,7 @@ from model import build, circuits, layers
 from support import data, history, measure, plots, recipes
 from support.fast import keep_memory
 from support.parallel import pick_device
-from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, legend_outside, long_rows, panels, save
+from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, long_rows, panels, save, symbol
 from support.runs import BEST, CHECKPOINT, holds_run, load_data_and_model, prepare, restore, saved
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
@@ -41,10 +41,9 @@ def networks_of(runs, end=False, kinds=("ei", "dann")):
     state = run.load(name)
     elsewhere = state.get("epoch") == 0
     dataset, before = load_data_and_model(run.config, pick_device())
-    different = data.differences(state["data"], data.identity(dataset))
     if elsewhere:
         print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
-    elif different:
+    elif different := data.differences(state["data"], data.identity(dataset)):
         raise ValueError(f"these data are not those of {run.folder}: {different}; say with --data-root where they are")
     prepare(run.config, dataset, before)
     after = copy.deepcopy(before)
@@ -106,12 +105,6 @@ def with_own(variants, network):
     return variants | {f"\u03b5={own.eps}".replace("e-0", "e-"): (own.eps, own.ste)}
 
 
-def symbol(name):
-    """A parameter's name as in the equations: w_ie -> W_IE."""
-    kind, _, of = name.partition("_")
-    return f"${kind.upper() if kind == 'w' else kind}_{{{of.upper()}}}$" if len(kind) == 1 and of.isalpha() else name
-
-
 def draw_gradients(args, runs):
     """Norm of each parameter's gradient by layer in the first step: STE, gradient scaling, adaptive and fixed eps."""
     run, dataset, networks = networks_of(runs, kinds=["ei"])
@@ -165,8 +158,7 @@ def draw_stabilizer(args, runs):
     axes[0, 0].set(ylabel="share (%)", ylim=(-3, 103))
     axes[0, 0].legend()
     axes[1, 0].set(ylabel="largest norm of the gradient to $x$", yscale="log")
-    legend_outside(figure, axes[1, 0], "lower center")
-    save(figure, "stabilizer", rows, args.out)
+    save(figure, "stabilizer", rows, args.out, legend=axes[1, 0], place="lower")
 
 
 def side_by_side(runs, take):
@@ -241,8 +233,7 @@ def draw_representation(args, runs):
         rates = last["spikes"].mean(0).flatten(1).cpu().numpy()  # (B, neurons)
         projected = plots.plane(plane, rates, y, dataset.n_classes, when)
         points += [dict(when=when, label=int(label), pc1=a, pc2=b) for label, (a, b) in zip(y, projected, strict=True)]
-    legend_outside(upper, axes[0, 0])
-    save(figure, "representation", rows, args.out)
+    save(figure, "representation", rows, args.out, legend=axes[0, 0])
     plots.write_csv(args.out / "representation-pca.csv", points)
 
 
@@ -381,8 +372,7 @@ def command(argv):
     args = p.parse_args(argv)
     if args.runs != "runs" and not Path(args.runs).is_dir():
         raise ValueError(f"there is no folder {args.runs}")
-    if args.out is None:
-        args.out = Path(args.runs, "figures") if holds_run(args.runs) else Path("figures")
+    args.out = args.out or Path(args.runs if holds_run(args.runs) else ".", "figures")
     runs = history.Runs(args)
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:

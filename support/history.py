@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from operator import itemgetter
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def read(run, name, take):
     if saved(run.folder):
         raise ValueError(f"{reason}: python train.py --resume {run.quoted} writes it")
     raise ValueError(
-        f"{reason}, nor a checkpoint to make it from; or it has no history: its network was trained elsewhere"
+        f"{reason}, and no checkpoint to write it; or it has no history: its network was trained elsewhere"
     )
 
 
@@ -44,7 +43,7 @@ def metrics(run):
 
     def numbers(row):
         found = {key: float(row[key]) for key in ("train_loss", "test_loss", "test_accuracy")}
-        if not all(map(math.isfinite, found.values())):
+        if not np.isfinite(list(found.values())).all():
             raise ValueError("a number is not finite")
         return dict(epoch=int(row["epoch"])) | found
 
@@ -65,7 +64,7 @@ def histograms(run):
 
 def data_of(run):
     """What a run remembers of its data, see `data.identity`."""
-    if (run.folder / BEST).exists():
+    if not (run.folder / "result.json").exists():  # an epoch has ended, but not the training
         return run.load(BEST)["data"]
     parts = ("classes", "shape", "train", "test")
     return read(run, "result.json", lambda result: {part: result["data"][part] for part in parts})
@@ -110,7 +109,7 @@ class Runs:
         method = {key: self.given.get(key, value) for key, value in FULL.items()} | wanted
         fitting = [run for run in self.found if method.items() <= run.config.items()]
         if not fitting:
-            said = " ".join(f"{key}={value}" for key, value in method.items())
+            said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
             out = quoted(self.folder.parent if holds_run(self.folder) else self.folder)
             how = f"python reproduce.py --out {out}, with the options of the others"
             raise ValueError(f"{self.folder} has no run with {said}: {how}")

@@ -153,8 +153,7 @@ def cost_table(model, x):
 
 def population(model):
     """Numbers of excitatory and inhibitory neurons of a network; the readout's units and interneurons count too."""
-    size = (1, model.in_channels, model.image_size, model.image_size)
-    rows = costs(model, next(model.parameters()).new_zeros(size))
+    rows = costs(model, next(model.parameters()).new_zeros(1, model.in_channels, model.image_size, model.image_size))
     return sum(row["neurons_e"] for row in rows), sum(row["neurons_i"] for row in rows)
 
 

@@ -47,10 +47,14 @@ def write_csv(path, rows):
             writer.writerows(rows)
 
 
-def save(figure, name, rows, out, legend=None):
-    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv. legend: the axis that has one."""
+def save(figure, name, rows, out, legend=None, place="upper"):
+    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv.
+
+    legend: an axis whose legend stands in one line, outside of all axes.
+    """
     if legend:
-        legend_outside(figure, legend)
+        handles, labels = legend.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=f"outside {place} center", ncols=len(labels))
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / f"{name}.png", dpi=200)
     figure.savefig(out / f"{name}.pdf", metadata=dict(CreationDate=None))  # no date: the same picture is the same file
@@ -73,6 +77,12 @@ def panels(height, rows=1, columns=1, width=PAGE, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def symbol(name):
+    """A parameter's name as in the equations: w_ie -> W_IE."""
+    kind, _, of = name.partition("_")
+    return f"${kind.upper() if kind == 'w' else kind}_{{{of.upper()}}}$" if len(kind) == 1 and of.isalpha() else name
+
+
 def by_layer(axis, n):
     axis.set_xlabel("layer")
     axis.set_xticks(range(1, n + 1) if n <= 8 else range(1, n + 1, 3))
@@ -80,13 +90,7 @@ def by_layer(axis, n):
 
 def by_epoch(axis):
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def legend_outside(figure, axis, place="upper center"):
-    """The legend of one axis in one line, outside of all axes."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=f"outside {place}", ncols=len(labels))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def shown_layers(n):
@@ -102,13 +106,11 @@ def density(counts):
 def distribution_axes(figure, shown, threshold):
     """Axes for densities of I_int (above) and u (below) in the layers `shown`: (2, layers). Dashed: the threshold."""
     axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
-    for (row, column), axis in np.ndenumerate(axes):
-        axis.axvline(threshold, color=GREY, ls="--", lw=0.8)
-        axis.set(yscale="log", ylim=(1e-3, 10), xlabel=list(QUANTITIES.values())[row])
-        if row == 0:
-            axis.set_title(f"layer {shown[column] + 1}")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("density")
+    for of_row, name, title in zip(axes, QUANTITIES.values(), ("layer {}", ""), strict=True):
+        of_row[0].set_ylabel("density")
+        for axis, i in zip(of_row, shown, strict=True):
+            axis.axvline(threshold, color=GREY, ls="--", lw=0.8)
+            axis.set(yscale="log", ylim=(1e-3, 10), xlabel=name, title=title.format(i + 1))
     return axes
 
 
@@ -118,15 +120,14 @@ def by_epoch_maps(densities, threshold):
     figure, axes = panels(3.2, 2, len(shown), sharey=True, sharex=True)
     looks = dict(origin="lower", aspect="auto", cmap="Greys", vmin=-3, vmax=0.5, interpolation="nearest")
     looks["extent"] = (-0.5, len(densities) - 0.5, BINS["low"], BINS["high"])
-    for (row, column), axis in np.ndenumerate(axes):
-        axis.imshow(np.log10(densities[:, shown[column], row].T + 1e-3), **looks)
-        axis.axhline(threshold, color="black", ls="--", lw=0.8)
-        if row == 0:
-            axis.set_title(f"layer {shown[column] + 1}")
-        else:
-            by_epoch(axis)
-    for axis, name in zip(axes[:, 0], QUANTITIES.values(), strict=True):
-        axis.set_ylabel(name)
+    for row, (name, title) in enumerate(zip(QUANTITIES.values(), ("layer {}", ""), strict=True)):
+        axes[row, 0].set_ylabel(name)
+        for axis, i in zip(axes[row], shown, strict=True):
+            axis.imshow(np.log10(densities[:, i, row].T + 1e-3), **looks)
+            axis.axhline(threshold, color="black", ls="--", lw=0.8)
+            axis.set_title(title.format(i + 1))
+    for axis in axes[1]:
+        by_epoch(axis)
     return figure
 
 
