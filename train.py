@@ -36,7 +36,7 @@ def guard_gradients(loss, model):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])  # NaN passes through
     finite = loss.detach().isfinite() & extremes.isfinite().all()
-    if not finite.is_cpu or not finite:
+    if finite.is_cuda or not finite:
         for gradient in gradients:
             gradient.copy_(torch.where(finite, gradient, 0))
     return finite
@@ -60,8 +60,8 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     finite = guard_gradients(loss, network)
     if clip_norm:
         torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    optimizer.found_inf = 1 - finite.float()  # a fused optimiser leaves all as it is then, its momentum too
-    optimizer.step()
+    if finite.is_cuda or finite:  # on a GPU a look would wait for it; the gradients are 0 there
+        optimizer.step()
     clamp_dale(network)  # Dale's law
     return loss.detach(), (logits.argmax(1) == y).float().mean(), finite
 
@@ -83,7 +83,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     if state is None:
         prepare(config, dataset, model)  # E-I Init
     if not plain:
-        accelerate(model)
+        accelerate(model, precision=config["precision"])
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)

@@ -13,7 +13,7 @@ What is fused:
 - a 3x3 convolution of 2x2 maps, with which a VGG ends, as one matrix product.
 - a still image passes the first circuit once, not T times.
 - average pooling that does not keep its input, the spikes of a layer, for the backward pass.
-- channels last in memory, which is fastest for convolutions on CPUs and GPUs.
+- channels last in memory, which is fastest for convolutions.
 """
 
 import ast
@@ -32,7 +32,7 @@ import ei_prop
 from baselines import DANNCircuit, DANNCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
-from model import MLP, AvgPool, Layer, Network
+from model import AvgPool, Layer, Network
 
 
 def first_derivative_only(backward):
@@ -179,14 +179,21 @@ STEADY = (FastCircuit, nn.Conv2d, nn.Linear)  # what gives the same current for 
 
 class FastLayer(Layer):
     def forward(self, x):
-        T = len(x)
-        if T == 1 or x.stride(0) != 0 or not isinstance(self.circuit, STEADY):
-            return super().forward(x)
-        # The same input at each step: one step is computed, and then expanded over time. The sum over time, which is
-        # the gradient of that, runs fast where the channels are last in memory.
-        current = self.circuit(x[0]).movedim(1, -1)
-        current = current.expand(T, *current.shape).movedim(-1, 2)
-        return self.neuron(current)
+        T, B = x.shape[:2]
+        still = T > 1 and x.stride(0) == 0  # an image that is the same at each time step
+        x = (x[:1] if still else x).flatten(0, 1)  # (B, ...) or (T B, ...)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if still and isinstance(self.circuit, STEADY):
+            # One step is computed, and then expanded over time. The sum over time, which is the gradient of that, runs
+            # fast where the channels are last in memory.
+            current = self.circuit(x).movedim(1, -1)
+            return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
+        x = torch.cat([x] * T) if still else x  # BN-SNN counts every time step in its variance
+        for part in self.circuit if isinstance(self.circuit, nn.Sequential) else [self.circuit]:
+            x = part(x)
+            x = x.float() if x.dtype == torch.bfloat16 else x  # normalization and membrane have 32 bits
+        return self.neuron(x.unflatten(0, (T, B)))
 
 
 class _AvgPool(torch.autograd.Function):
@@ -206,17 +213,12 @@ class FastAvgPool(AvgPool):
         return _AvgPool.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-class FastNetwork(Network):
+class Bfloat16Network(Network):
+    """Convolutions and matrix products in 16 bits, in which spikes are exact; all else as it is."""
+
     def forward(self, x):
-        if isinstance(self.encoder, MLP):
-            return super().forward(x)
-        if x.dim() == 4:  # channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif x.dim() == 5:  # the T B frames one after another
-            frames = x.transpose(0, 1)
-            merged = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            x = merged.unflatten(0, frames.shape[:2]).transpose(0, 1)
-        return super().forward(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).float()
 
 
 FORMS = {
@@ -372,7 +374,7 @@ def edited(module):
     }
 
 
-def accelerate(model, batch=None):
+def accelerate(model, batch=None, precision="float32"):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
 
     To be called with the network on its device. Parameters, names and the state_dict stay as they are, and no random
@@ -380,25 +382,39 @@ def accelerate(model, batch=None):
 
     Args:
         model: a network of `model.build`, changed in place.
+        batch: is not looked at.
+        precision: "bf16": convolutions and matrix products in bfloat16.
 
     Returns:
         The functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
         computes is left in its plain form.
     """
-    if next(model.parameters()).device.type not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
+    device = next(model.parameters()).device.type
+    if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
     differing = set()
     for module in model.modules():
-        if type(module) is Network:
-            module.__class__ = FastNetwork  # which runs the plain text
-        elif isinstance(module, tuple(FORMS)) and not isinstance(module, tuple(FORMS.values())):
+        if isinstance(module, tuple(FORMS)) and not isinstance(module, tuple(FORMS.values())):
             names = edited(module)
             differing |= names
             if not names:
                 module.__class__ = FORMS[type(module)]
     for file, function in sorted(name.split(".", 1) for name in differing):
         print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
+    if precision == "bf16" and type(model) is Network:
+        model.__class__ = Bfloat16Network
+        if device == "cpu" and not has_bfloat16():
+            print("--precision bf16: this processor has no instructions for it, so a step takes about X times as long")
     return differing
+
+
+def has_bfloat16():
+    """Whether the processor computes in bfloat16, as far as Linux tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "bf16" in file.read()
+    except OSError:
+        return False
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

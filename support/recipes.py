@@ -16,21 +16,22 @@ from model import ARCHS, KINDS
 from support.data import LOADERS
 
 # Each row says what differs from the rows above it, for the data, architectures and kinds of network that it names;
-# "*" is all. The learning rate rises linearly from `warmup_from` to `lr` in the first part of the training, `warmup`,
-# then falls along a cosine to 0, by iteration. So a training of fewer epochs is the same schedule in proportion.
+# "*" is all. The learning rate rises linearly from `warmup_from` to `lr` in the first part of the training, one epoch
+# in `warmup_1_in` (0: in none), then falls along a cosine to 0, by iteration. So a training of fewer epochs is the same
+# schedule in proportion.
 RECIPES = [
-    ("*", "*", "*", dict(epochs=300, batch_size=128, lr=0.001, warmup=1 / 10, warmup_from=1e-7)),
+    ("*", "*", "*", dict(epochs=300, batch_size=128, lr=0.001, warmup_1_in=10, warmup_from=1e-7)),
     ("*", "*", "*", dict(weight_decay=5e-4, clip_norm=0.0, T=4, image_size=32)),
-    ("*", "*", "bn", dict(lr=0.1, warmup=0, weight_decay=1e-4)),
-    ("*", "*", "plain", dict(lr=0.1, warmup=0)),
+    ("*", "*", "bn", dict(lr=0.1, warmup_1_in=0, weight_decay=1e-4)),
+    ("*", "*", "plain", dict(lr=0.1, warmup_1_in=0)),
     # DANN has no time, so T = 1. Its division has a gradient of 1 / x, and ReLUs send x as small as one likes: clipped.
     ("*", "*", "dann", dict(lr=0.02, T=1, clip_norm=1.0)),
-    ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup=1 / 30)),
-    ("*", "mlp vgg8 vgg11", "dann", dict(warmup=1 / 30)),
-    ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup=1 / 30, warmup_from=1e-3)),
+    ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup_1_in=30)),
+    ("*", "mlp vgg8 vgg11", "dann", dict(warmup_1_in=30)),
+    ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup_1_in=30, warmup_from=1e-3)),
     ("cifar10-dvs dvs-gesture", "*", "*", dict(batch_size=32, image_size=48)),
-    ("cifar10-dvs dvs-gesture", "*", "ei", dict(lr=0.001, warmup=1 / 30)),
-    ("cifar10-dvs dvs-gesture", "*", "dann", dict(warmup=1 / 30)),
+    ("cifar10-dvs dvs-gesture", "*", "ei", dict(lr=0.001, warmup_1_in=30)),
+    ("cifar10-dvs dvs-gesture", "*", "dann", dict(warmup_1_in=30)),
     ("cifar10-dvs", "*", "ei bn plain", dict(T=10)),
     ("dvs-gesture", "*", "ei bn plain", dict(T=16)),
     # The digits and (Fashion-)MNIST are not in the paper: short trainings. Nobody has run those of MNIST yet.
@@ -47,7 +48,8 @@ MOMENTUM = 0.9
 # The paper's method, nothing left out and nothing changed.
 FULL = dict(kind="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
-WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | dict(data="digits", data_root="./data", seed=0)
+DATA = dict(data="digits", data_root="./data")
+WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | DATA | dict(seed=0, precision="float32")
 WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
 
 
@@ -86,10 +88,13 @@ def settings(args):
     if kind in ("bn", "plain") and config["ei_ratio"] != NEURONS["ei_ratio"]:
         raise ValueError(f"--ei-ratio is of E-I circuits: --kind {kind} has none")
     config.update(recipe(config["data"], config["arch"], kind))
-    share = config.pop("warmup")
+    one_in = config.pop("warmup_1_in")
+    config["warmup_epochs"] = 0.0
     config.update(given)
-    if "warmup_epochs" not in given:
-        config["warmup_epochs"] = round(share * config["epochs"], 6)
+    if one_in and "warmup_epochs" not in given:
+        config["warmup_epochs"] = config["epochs"] / one_in
+    if config["precision"] != "float32" and getattr(args, "plain", None):
+        raise ValueError("--plain trains the plain equations, which are in float32: leave --precision bf16 out")
     if config["warmup_epochs"] > config["epochs"]:
         raise ValueError(
             f"a warm-up of {config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}: give "
@@ -185,6 +190,7 @@ def add_settings(p):
     p.add_argument("--grad-scaling", action=yes_or_no, help="W_EI's, by 1/d (yes)")
     p.add_argument("--init", choices=["ei", "kaiming"], help="E-I Init, or absolute values of Kaiming's (ei)")
     p.add_argument("--seed", type=whole, help="0")
+    p.add_argument("--precision", choices=["float32", "bf16"], help="of convolutions and products (float32)")
 
 
 def add_ways(p):
@@ -220,6 +226,7 @@ def run_name(config):
     parts += ["noste"] * (not config["ste"]) + ["noscaling"] * (not config["grad_scaling"])
     parts += ["kaiming"] * (config["init"] == "kaiming")
     parts += [f"{k.replace('_', '')}{config[k]:g}" for k in NEURONS if k != "width" and config[k] != NEURONS[k]]
+    parts += [] if config["precision"] == "float32" else [config["precision"]]
     return "-".join([*parts, f"seed{config['seed']}"])
 
 
