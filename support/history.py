@@ -21,7 +21,10 @@ def read(run, name, take):
     """take(what is in a CSV or JSON file of a run). A file that is missing or damaged is a ValueError of one line."""
     try:
         with open(run.folder / name, encoding="utf-8") as file:
-            return take(json.load(file) if name.endswith("json") else list(csv.DictReader(file)))
+            found = json.load(file) if name.endswith("json") else list(csv.DictReader(file))
+            if not found and file.tell():
+                raise ValueError("there is nothing in it")
+            return take(found)
     except FileNotFoundError:
         reason = f"{run.folder} has no {name}"
     except Exception as error:  # a damaged file fails in many ways
