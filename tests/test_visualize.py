@@ -1,12 +1,10 @@
 """Each figure from tiny runs: the picture is there, and the numbers beside it are those of the networks."""
 
-import argparse
 import csv
 import json
 import shutil
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -22,9 +20,8 @@ import train
 import visualize
 from ei_init import initialize
 from model import build, circuits
-from support import data, history, plots, recipes
-from support.measure import histograms
-from support.runs import CHECKPOINT, PREVIOUS, Run, load_data_and_model, packed, prepare
+from support import data, history, measure, plots
+from support.runs import CHECKPOINT, PREVIOUS, Run, load_data_and_model, packed, prepare, restore
 
 TINY = ["--plan", "8 P 8 P", "--T", "2", "--epochs", "1", "--batch-size", "32"]
 
@@ -45,24 +42,32 @@ def run_of(suite, kind="ei", what=""):
     return suite / f"digits-vgg8-{kind}-plan8-P-8-P{what}-seed0"
 
 
+def trained(suite):
+    """The data and the trained network of the run that the figures are drawn from."""
+    run = Run(run_of(suite))
+    dataset, net = load_data_and_model(run.config, torch.device("cpu"))
+    restore(net, run.load()["model"], run.folder)
+    return dataset, net.eval()
+
+
 def numbers(path):
-    """The rows of a CSV file."""
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
+def rows_of(name, folder, *options):
+    """The rows of the CSV of a figure."""
+    assert visualize.main([name, str(folder), "--out", str(folder / "figures"), *options]) == 0
+    return numbers(folder / "figures" / f"{name}.csv")
+
+
 def draw(name, folder, *options):
-    """The rows of the CSV of a figure; and its picture is looked at."""
+    """The same, and the picture is looked at."""
     rows = rows_of(name, folder, *options)
     assert (folder / "figures" / f"{name}.pdf").stat().st_size > 5000
     picture = np.asarray(Image.open(folder / "figures" / f"{name}.png").convert("L"), dtype=float)
     assert picture.shape[1] >= 900 and picture.std() > 10 and (picture < 100).mean() > 0.002
     return rows
-
-
-def rows_of(name, folder, *options):
-    assert visualize.main([name, str(folder), "--out", str(folder / "figures"), *options]) == 0
-    return numbers(folder / "figures" / f"{name}.csv")
 
 
 @pytest.fixture
@@ -77,20 +82,11 @@ def found_in(rows, name, **places):
     return [float(row[name]) for row in rows if all(row[key] == value for key, value in places.items())]
 
 
-def networks_of(run, **options):
-    args = argparse.Namespace(**dict.fromkeys(recipes.settings(recipes.parse([]))), runs=str(run))
-    _, dataset, networks = visualize.networks_of(history.Runs(args), **options)
-    return dataset, networks
-
-
 def fails(capsys, *arguments):
     assert visualize.main([str(a) for a in arguments]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ")
     return err
-
-
-# ---- each figure -----------------------------------------------------------------------------------------------------
 
 
 def test_init_needs_no_run(suite, tmp_path):
@@ -102,7 +98,7 @@ def test_init_needs_no_run(suite, tmp_path):
     net = build("vgg8", in_channels=1, T=2, width=0.1, ei_ratio=2)
     initialize(net, batch)
     i_int, spikes = net.encoder.stages[0].circuit(batch), net.encoder.stages[0](batch.expand(2, *batch.shape))
-    row = next(row for row in rows if (row["arch"], row["init"], row["layer"]) == ("vgg8", "E-I Init", "1"))
+    (row,) = (row for row in rows if (row["arch"], row["init"], row["layer"]) == ("vgg8", "E-I Init", "1"))
     found = [float(row[name]) for name in ("mean", "std", "firing_rate")]
     assert found == pytest.approx([i_int.mean().item(), i_int.std().item(), spikes.mean().item()], rel=1e-3, abs=1e-4)
 
@@ -119,11 +115,9 @@ def test_curves(suite):
     ("ablation", ["no STE", "all of it", "no gradient scaling", "|Kaiming| for E-I Init"], "-noste"),
 ])  # fmt: skip
 def test_tables(name, labels, what, suite, capsys):
-    rows = draw(name, suite)
-    assert {row["run"] for row in rows} == set(labels)
+    assert {row["run"] for row in draw(name, suite)} == set(labels)
     markdown = (suite / "figures" / f"{name}.md").read_text(encoding="utf-8")
-    assert markdown in capsys.readouterr().out and markdown.count("\n") == len(labels) + 2
-    assert "best on the test set" in markdown
+    assert markdown in capsys.readouterr().out and "best on the test set" in markdown
     result = json.loads((run_of(suite, what=what) / "result.json").read_text(encoding="utf-8"))
     cells = [cell.strip() for cell in next(line for line in markdown.splitlines() if labels[0] in line).split("|")]
     assert cells[1:-1] == [labels[0], result["outcome"], "1", f"{result['best_test_accuracy']:.2%}"]
@@ -131,18 +125,17 @@ def test_tables(name, labels, what, suite, capsys):
 
 def test_representation(suite):
     rows = draw("representation", suite)
-    x = data.to_input(data.load("digits").test_x)
-    net = networks_of(run_of(suite))[1]["after training"]
+    dataset, net = trained(suite)
+    x = data.to_input(dataset.test_x)
     values = net.encoder.stages[0].circuit(x).detach().clamp(-6, 6).numpy()
     expected = np.histogram(values, 120, (-6, 6), density=True)[0]
     found = found_in(rows, "density", when="after training", layer="1", quantity="i_int")
     assert found == pytest.approx(list(expected), abs=1e-3)
     points = numbers(suite / "figures" / "representation-pca.csv")
-    rates = net.encoder.stages[:-1](x.expand(2, *x.shape)).mean(0).flatten(1).detach().double()  # of the last layer
-    expected = (torch.linalg.svd(rates - rates.mean(0), full_matrices=False).S[:2] ** 2).tolist()
-    found = [found_in(points, name, when="after training") for name in ("pc1", "pc2")]
-    assert (np.array(found) ** 2).sum(1) == pytest.approx(expected, rel=1e-3)
-    assert [int(p["label"]) for p in points[:40]] == data.load("digits").test_y.tolist()
+    rates = net.encoder.stages[:-1](x.expand(2, *x.shape)).mean(0).flatten(1).detach()  # of the last layer
+    expected = (torch.linalg.svd(rates - rates.mean(0), full_matrices=False).S[0] ** 2).item()
+    assert sum(pc**2 for pc in found_in(points, "pc1", when="after training")) == pytest.approx(expected, rel=1e-3)
+    assert [int(p["label"]) for p in points[:40]] == dataset.test_y.tolist()
     assert len(rows_of("representation", run_of(suite, "plain"))) == len(rows)  # it needs no circuits
 
 
@@ -150,34 +143,28 @@ def test_evolution(suite):
     rows = draw("evolution", suite)
     with Image.open(suite / "figures" / "evolution.gif") as gif:
         assert gif.n_frames == 2  # before and after the epoch
-    assert len(rows) == 2 * 2 * 2 * 120
-    run = Run(run_of(suite))
-    _, after = load_data_and_model(run.config, torch.device("cpu"))
-    after.load_state_dict(run.load()["model"])
-    counts = np.array(histograms(after, data.to_input(data.load("digits").test_x))[1]["u"])
+    dataset, net = trained(suite)
+    counts = np.array(measure.histograms(net, data.to_input(dataset.test_x))[1]["u"])
     found = found_in(rows, "density", epoch="1", layer="2", quantity="u")
-    assert found == pytest.approx(list(counts / counts.sum() / 0.1))
+    assert found == pytest.approx(list(counts / counts.sum() / 0.1)) and len(rows) == 2 * 2 * 2 * 120
 
 
 def test_balance(suite):
     rows = draw("balance", suite)
-    assert len(rows) == 2 * 3 * 24 * 14
-    row = next(r for r in rows if r["when"] == "after training" and r["step"] == "1")
-    net, seen = networks_of(run_of(suite))[1]["after training"], []
-    circuit = circuits(net)[1]
-    circuit.register_forward_pre_hook(lambda c, a: seen.append(a[0][:1]))
-    net(data.to_input(data.load("digits").test_x[3 * int(row["image"])])[None])  # 14 of 40 are looked at
-    i_ee = F.conv2d(seen[0], circuit.w_ee, padding=1)[0, int(row["neuron"]), 8, 8]
-    assert float(row["i_ee"]) == pytest.approx(i_ee.item(), rel=1e-4)
-    assert all(int(r["spike"]) == (float(r["u"]) >= 1) for r in rows)
+    assert len(rows) == 2 * 3 * 24 * 14 and all(int(row["spike"]) == (float(row["u"]) >= 1) for row in rows)
+    row = next(row for row in rows if row["when"] == "after training" and row["step"] == "1")
+    dataset, net = trained(suite)
+    image = data.to_input(dataset.test_x[3 * int(row["image"])])[None]  # 14 of 40 are looked at
+    found = measure.currents_of(net, image, 1)["i_ee"][0, 0, int(row["neuron"]), 8, 8]
+    assert float(row["i_ee"]) == pytest.approx(found.item(), rel=1e-4)
     dense = torch.rand(4, 2, 7)
     assert visualize.middle(dense) is dense
 
 
 def test_gain_is_flat_with_division_and_rises_without(suite):
     rows = draw("gain", suite)
-    x = data.to_input(data.load("digits").test_x)
-    net = networks_of(run_of(suite))[1]["after training"]
+    dataset, net = trained(suite)
+    x = data.to_input(dataset.test_x)
     rate = net.encoder.stages[0](x.expand(2, *x.shape)).mean().item()
     # both currents are linear in the image, hence their quotient is the same at any contrast
     divided = found_in(rows, "firing_rate", condition="divisive inhibition", layer="1")
@@ -205,24 +192,17 @@ def test_gradients(suite, capsys):
 
 def test_stabilizer(suite, capsys):
     rows = draw("stabilizer", suite)
-    dataset, networks = networks_of(run_of(suite), end=True)
-    config, norms = Run(run_of(suite)).config, []
-    batches = [
-        data.training_batch(config, dataset, chosen, i) for i, chosen in enumerate(data.epoch_order(config, dataset, 0))
-    ]
+    dataset, net = trained(suite)
+    config = Run(run_of(suite)).config
+    order = data.epoch_order(config, dataset, 0)
+    batches = [data.training_batch(config, dataset, chosen, i) for i, chosen in enumerate(order)]
+    expected = measure.stabilization(net, batches, {"adaptive": ("adaptive", True)})[1]
+    for name, value in dict(zeros=expected["zeros"], gradient_norm=expected["adaptive"]).items():
+        found = found_in(rows, name, when="after training", layer="2", variant="adaptive")
+        assert found == pytest.approx([value], rel=1e-4) and value > 0
+    small = found_in(rows, "gradient_norm", when="at initialisation", layer="1", variant="\u03b5=1e-8")
+    assert small[0] > 100 * found_in(rows, "gradient_norm", when="at initialisation", layer="1", variant="adaptive")[0]
     assert "is of kind bn" in fails(capsys, "stabilizer", run_of(suite, "bn"))
-    net = networks["at initialisation"]
-    first, second = circuits(net)[:2]
-    zeros = np.mean([(first.currents(x)["i_div"] == 0).float().mean().item() for x, _ in batches])
-    assert found_in(rows, "zeros", when="at initialisation", layer="1") == [pytest.approx(zeros)] * 5 and zeros > 0.05
-    second.register_forward_hook(lambda circuit, args, i_int: norms.append((args[0].detach(), i_int)))
-    for i, (x, y) in enumerate(batches):
-        loss = F.cross_entropy(net(x), y)
-        leaf = norms[i][0].requires_grad_()
-        (grad,) = torch.autograd.grad(second.currents(leaf)["i_int"], leaf, torch.autograd.grad(loss, norms[i][1]))
-        norms[i] = grad.norm().item()
-    found = found_in(rows, "gradient_norm", when="at initialisation", layer="2", variant="adaptive")
-    assert len(batches) == 2 and found == [pytest.approx(max(norms), rel=1e-4)]
 
 
 def test_a_training_that_collapses_after_its_best_epoch_is_shown_as_it_ended(suite, tmp_path, no_pictures):
@@ -238,27 +218,23 @@ def test_a_training_that_collapses_after_its_best_epoch_is_shown_as_it_ended(sui
 
 def test_weights(suite):
     rows = draw("weights", suite)
-    assert {row["parameter"] for row in rows} == {"w_ee", "w_ie", "w_ei", "g_i", "g_e"}
     assert min(found_in(rows, "smallest")) >= 0  # on its own side of zero
-    zeros = [(c.w_ee == 0).flatten() for c in circuits(networks_of(run_of(suite))[1]["after training"])]
+    zeros = [(c.w_ee == 0).flatten() for c in circuits(trained(suite)[1])]
     found = found_in(rows, "zeros", when="after training", parameter="w_ee")
     assert found[0] == pytest.approx(torch.cat(zeros).float().mean().item(), abs=1e-6)
     assert {row["parameter"] for row in rows_of("weights", run_of(suite, "dann"))} == {"w_ee", "w_ie", "w_ei", "g_e"}
 
 
 @pytest.mark.parametrize("eps", ["3e-5", "twice"])
-def test_a_run_of_an_edited_circuit_is_drawn_with_its_own_cells_and_eps(eps, suite, tmp_path, no_pictures, monkeypatch):
+def test_an_edited_circuit_is_drawn_with_its_own_cells_and_eps(eps, suite, tmp_path, no_pictures, monkeypatch):
     use_som(monkeypatch)
     monkeypatch.setitem(ei_prop.STABILIZERS, "twice", lambda i_div: 2 * ei_prop.smallest_positive(i_div))
     assert train.main([*TINY, "--eps", eps, "--out", str(tmp_path)]) == 0
     assert len({row["variant"] for row in rows_of("stabilizer", tmp_path)}) == 6
-    rows = rows_of("gradients", tmp_path)
-    assert len(found_in(rows, "gradient_norm", variant=f"\u03b5={eps}", parameter="w_se")) == 3
+    gradients = found_in(rows_of("gradients", tmp_path), "gradient_norm", variant=f"\u03b5={eps}", parameter="w_se")
+    assert len(gradients) == 3
     signs = {row["parameter"]: int(row["sign"]) for row in rows_of("weights", tmp_path)}
     assert signs == dict(w_ee=1, w_ie=1, w_ei=-1, g_i=-1, g_e=1, w_se=1, w_es=-1)
-
-
-# ---- which runs are drawn --------------------------------------------------------------------------------------------
 
 
 def copy(run, folder, **config):
@@ -275,7 +251,7 @@ def test_only_what_was_made_alike_stands_side_by_side(suite, tmp_path, capsys, n
     result = copy(run_of(suite, "plain"), tmp_path / "plain") / "result.json"
     result.write_text(result.read_text(encoding="utf-8").replace("40 samples", "41 samples"), encoding="utf-8")
     metrics = copy(run_of(suite, "dann"), tmp_path / "dann") / "metrics.csv"
-    assert [row["kind"] for row in rows_of("curves", tmp_path)] == ["ei", "dann"]  # DANN has another T: it has no time
+    assert [row["kind"] for row in rows_of("curves", tmp_path)] == ["ei", "dann"]  # DANN has no time, so another T
     said = f" was made with other {{}} than {tmp_path / 'ei'}\n"
     out = capsys.readouterr().out
     assert f"{tmp_path / 'bn'}{said.format('epochs, batch_size')}" in out and f"plain{said.format('images')}" in out
@@ -287,8 +263,7 @@ def test_only_what_was_made_alike_stands_side_by_side(suite, tmp_path, capsys, n
         shutil.copy(metrics, tmp_path / name)
     assert "none of the runs can be drawn" in fails(capsys, "curves", tmp_path)
     run, other = Run(run_of(suite)), Run(run_of(suite, what="-noste"))
-    assert history.differing(run, other) == []
-    other.config["lr"] = 1.0  # the same kind of network, so it is no recipe of its own
+    other.config["lr"] = 1.0  # of the same kind of network, so it is no recipe of its own
     assert history.differing(run, other) == ["lr"] and history.differing(run, Run(run_of(suite, "bn"))) == []
 
 
@@ -336,14 +311,7 @@ def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_importing_program_keeps_its_plots(tmp_path):
-    code = """
-        import sys, matplotlib
-        matplotlib.use("svg")
-        matplotlib.rcParams["font.size"] = 17
-        before = dict(matplotlib.rcParams)
-        import visualize
-        assert visualize.main(["init", "--width", "0.1", "--out", sys.argv[1]]) == 0
-        assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == "svg"
-        assert "matplotlib.pyplot" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True, cwd=train.__file__[:-8])
+    code = "import sys, matplotlib; matplotlib.use('svg'); before = dict(matplotlib.rcParams); import visualize;"
+    code += "assert visualize.main(['init', '--width', '0.1', '--out', sys.argv[1]]) == 0;"
+    code += "assert dict(matplotlib.rcParams) == before and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=train.__file__[:-8])
