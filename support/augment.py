@@ -1,4 +1,4 @@
-"""Augmentation of a training batch, as a few tensor operations on its device. A reader of the paper may skip this file.
+"""Augmentation of a training batch, as a few tensor operations on its device.
 
 Each function takes a batch and a generator of random numbers on the same device, and returns a batch of the same shape;
 every sample is treated on its own.
@@ -22,19 +22,12 @@ def _select(x, rows, columns):
     return x[samples, ..., rows, columns].movedim((1, 2), (-2, -1))
 
 
-def augment(x, generator):
-    """CIFAR augmentation (paper, training details): random crop with padding 4, horizontal flip, cutout.
+def augment_cifar(x, generator):
+    """CIFAR augmentation (paper, training details) of images (B, C, S, S) in [0, 1]: crop with padding 4, flip, cutout.
 
     Cutout: with probability 1/2 a rectangle of 2 to 40 % of the area, aspect ratio 0.4 to 2.5 (log-uniform), is filled
     with random values in [0, 1], one for each pixel and channel. In the authors' program the aspect ratio is uniform,
     and the rectangle has one random shade of red: what that changes is in results/README.md.
-
-    Args:
-        x: (B, C, S, S) float in [0, 1].
-        generator: of random numbers, on the device of x.
-
-    Returns:
-        (B, C, S, S) in [0, 1]; every image is treated on its own.
     """
     B, C, _, S = x.shape
     uniform = partial(_uniform, x, generator)
@@ -54,16 +47,10 @@ def augment(x, generator):
 
 
 def augment_gesture(x, generator):
-    """DVS-Gesture: random resized crop of 50 to 100 % of the area and horizontal flip, the same for all frames.
+    """DVS-Gesture, event counts (B, T, C, S, S): random resized crop of 50 to 100 % of the area and horizontal flip.
 
-    The flip is in the paper's recipe, although it makes a left-hand gesture of a right-hand one.
-
-    Args:
-        x: (B, T, C, S, S) event counts, float.
-        generator: of random numbers, on the device of x.
-
-    Returns:
-        (B, T, C, S, S) event counts; every sample is treated on its own.
+    All frames of a sample are treated alike. The flip is in the paper's recipe, although it makes a left-hand gesture
+    of a right-hand one.
     """
     rows, columns = _crop_and_flip(x, generator, 0.5)
     return _select(x, rows[:, :, None], columns[:, None, :])
@@ -74,7 +61,6 @@ def augment_cifar10_dvs(x, generator):
 
     Roll: by up to 5 pixels along each side, what leaves at one edge comes back at the other. Rotation: by up to 30
     degrees, no events where it looks past the edges. Cutout: no events in a square of 16 pixels around any pixel.
-    Arguments and result as for `augment_gesture`.
     """
     S = x.shape[-1]
     rows, columns = _crop_and_flip(x, generator, 0.7)
@@ -106,13 +92,17 @@ def _crop_and_flip(x, generator, smallest):
     crop of this area would not fit.
     """
     S = x.shape[-1]
-    uniform = partial(_uniform, x, generator)
-    area = uniform(smallest, 1)
-    aspect = (uniform(-1, 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()
+    area = _uniform(x, generator, smallest, 1)
+    aspect = (_uniform(x, generator, -1, 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()
     chosen = []
     for share in ((area * aspect).sqrt(), (area / aspect).sqrt()):
         side = (share * S).round().clamp(1, S)
-        first = (uniform(0, 1) * (S - side + 1)).floor()
+        first = (_uniform(x, generator, 0, 1) * (S - side + 1)).floor()
         chosen.append((first + (torch.arange(S, device=x.device) + 0.5) * side / S).long())
     rows, columns = chosen
-    return rows, torch.where(uniform(0, 1) < 0.5, columns, columns.flip(1))
+    return rows, torch.where(_uniform(x, generator, 0, 1) < 0.5, columns, columns.flip(1))
+
+
+AUGMENTATIONS = {"none": None, "cifar": augment_cifar, "gesture": augment_gesture, "cifar10-dvs": augment_cifar10_dvs}
+IN_WORDS = {None: "none", augment_cifar: "cifar: crop, flip, cutout", augment_gesture: "gesture: resized crop, flip"}
+IN_WORDS[augment_cifar10_dvs] = "cifar10-dvs: resized crop, flip, and roll, rotation or cutout"

@@ -1,7 +1,8 @@
-import errno
+"""Datasets: what is read from files, what is refused, batches in a fixed order, the augmentation of CIFAR."""
+
 import os
 import socket
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,260 +10,278 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import train
-from support import data, recipes
+from support import augment, data
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 
 
-def make_folder(root, counts, test="test", size=(40, 36)):
-    """A folder of colour images, one colour a class: {class: (training images, test images)}."""
-    for i, (name, (n_train, n_test)) in enumerate(counts.items()):
-        for split, n in (("train", n_train), (test, n_test)):
-            (root / split / name).mkdir(parents=True)
-            for j in range(n):
-                colour = (40 * i, 10 * j, 200)
-                Image.new("RGB", size, colour).save(root / split / name / f"{j:02d}.png")
-    return root
+@pytest.fixture
+def images(tmp_path):
+    """A folder of two classes, each with three images for training and two for testing."""
+    for file in [
+        f"{split}/{name}/{j}.png" for split in ("train", "test") for name in ("ant", "wolf") for j in range(3)
+    ]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        if file[:4] == "trai" or file[-5] != "2":
+            Image.new("RGB", (20, 18), (40 * ("wolf" in file), 10 * int(file[-5]), 200)).save(tmp_path / file)
+    return tmp_path
+
+
+def refused(root, *words, name="folder"):
+    with pytest.raises((ValueError, OSError)) as found:
+        data.load(name, root)
+    said = str(found.value)
+    assert all(word in said for word in words) and "\n" not in said, said
 
 
 def test_digits():
     d = data.load("digits")
-    assert d.train_x.shape == (1437, 1, 32, 32) and d.test_x.shape == (360, 1, 32, 32)
-    assert d.train_x.dtype == torch.uint8 and d.n_classes == 10 and d.in_channels == 1 and d.augment is None
-    assert d.train_x.max() == 255 and d.train_x.min() == 0
-    total = np.bincount(load_digits().target)
-    share = torch.bincount(d.test_y).numpy() / total
-    assert (abs(share - 0.2) < 0.01).all()  # stratified
-    again = data.load("digits")
-    assert torch.equal(d.train_x, again.train_x) and torch.equal(d.test_y, again.test_y)
-    both = torch.cat([d.train_x, d.test_x]).flatten(1)
-    original = torch.from_numpy(load_digits().images).sum((1, 2)).sort().values * 16
-    assert ((both.float() / 255 * 16).sum(1).sort().values / original - 1).abs().max() < 0.02  # nothing left out
+    assert d.train_x.shape == (1437, 1, 32, 32) and d.test_x.shape == (360, 1, 32, 32) and d.train_x.max() == 255
+    assert d.n_classes == 10 and d.in_channels == 1 and d.augment_name == "none"
+    counts, whole = d.test_y.bincount().numpy(), load_digits()
+    assert (abs(counts / np.bincount(whole.target) - 0.2) < 0.01).all() and d.chance == counts.max() / 360  # stratified
+    both = torch.cat([d.train_x, d.test_x]).flatten(1).float().sum(1).sort().values / 255
+    original = torch.from_numpy(whole.images).sum((1, 2)).sort().values
+    assert (both / original - 1).abs().max() < 0.02  # nothing left out
 
 
-def test_to_input_is_intensity():
-    assert data.to_input(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
+def test_batches_and_augmentation_are_the_same_as_ever():
+    d, config = data.load("digits", augment="cifar"), dict(seed=3, batch_size=4)
+    order = data.epoch_order(config, d, 2)
+    assert order.shape == (359, 4) and order[:2].tolist() == [[585, 245, 1359, 968], [736, 39, 444, 895]]
+    x, y = data.training_batch(config, d, order[1], 7)
+    assert x.mean().item() == pytest.approx(0.303436667) and torch.equal(y, d.train_y[order[1]])
+    assert x[0, 0, 16, ::8].tolist() == pytest.approx([0, 0.509061098, 0.26103121, 0.212456882])
+    with pytest.raises(ValueError, match="a batch of 2000 is larger than the training set of 1437"):
+        data.epoch_order(dict(seed=0, batch_size=2000), d, 0)
 
 
-@pytest.mark.parametrize("test", ["test", "val"])
-def test_folder_is_read_in_alphabetical_order_and_cached(tmp_path, test, monkeypatch):
-    root = make_folder(tmp_path, {"wolf": (2, 1), "ant": (3, 2)}, test)
-    (root / "train" / "ant" / ".DS_Store").write_text("hidden files are no images")
-    d = data.load("folder", root)
-    assert d.train_y.tolist() == [0, 0, 0, 1, 1] and d.test_y.tolist() == [0, 0, 1] and d.n_classes == 2
-    assert d.train_x.shape == (5, 3, 32, 32) and d.augment is data.augment
-    assert d.train_x[2, :, 5, 5].tolist() == [40, 20, 200] and d.train_x[4, :, 5, 5].tolist() == [0, 10, 200]
+def test_a_folder_is_read_in_alphabetical_order_and_cached(images, monkeypatch, capsys):
+    for name in ("ant/.DS_Store", "ant/Thumbs.db", "wolf/notes.txt"):
+        (images / "train" / name).write_text("no image")
+    (images / "train" / ".ipynb_checkpoints").mkdir()
+    d = data.load("folder", images)
+    assert "2 files that are no images by their names are left out" in capsys.readouterr().out
+    assert d.train_y.tolist() == [0, 0, 0, 1, 1, 1] and d.test_y.tolist() == [0, 0, 1, 1] and d.augment is None
+    assert d.train_x[2, :, 5, 5].tolist() == [0, 20, 200] and d.train_x[4, :, 5, 5].tolist() == [40, 10, 200]
     with monkeypatch.context() as patch:
         patch.setattr(data, "_decode", lambda *_, **__: 1 / 0)  # the second time nothing is decoded
-        again = data.load("folder", root)
+        again = data.load("folder", images)
     assert torch.equal(d.train_x, again.train_x) and torch.equal(d.test_x, again.test_x)
-    Image.new("RGB", (9, 9), (1, 2, 3)).save(root / "train" / "wolf" / "01.png")
-    assert data.load("folder", root).train_x[4, :, 0, 0].tolist() == [1, 2, 3]  # a changed file is seen
-    assert data.load("folder", root, image_size=48).train_x.shape == (5, 3, 48, 48)
+    (images / ".decoded-3x32x32.pt").touch()  # of an earlier version
+    file = images / "train" / "wolf" / "1.png"
+    Image.new("RGB", (20, 18), (1, 2, 3)).save(file)  # a changed file is seen
+    assert data.load("folder", images).train_x[4, :, 0, 0].tolist() == [1, 2, 3]
+    assert data.load("folder", images, image_size=320).train_x.shape == (6, 3, 320, 320)
+    assert sorted(f.name.rpartition("-")[0] for f in images.glob(".dec*")) == [".decoded-3x320x320", ".decoded-3x32x32"]
 
 
-def test_a_folder_in_which_nothing_can_be_written_is_read(tmp_path, monkeypatch, capsys):
-    def read_only(*_):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+def test_a_cache_that_cannot_be_used(images, monkeypatch, capsys):
+    expected = data.load("folder", images).train_x
+    (cache,) = images.glob(".decoded*")
+    damaged = bytearray(cache.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
 
-    root = make_folder(tmp_path, {"a": (2, 1), "b": (2, 1)})
-    monkeypatch.setattr(torch, "save", read_only)
-    monkeypatch.setattr(Path, "unlink", read_only)
-    assert data.load("folder", root).train_x.shape == (4, 3, 32, 32)
-    assert capsys.readouterr().out.count("cannot be cached") == 1
+    def decoded_again(words=""):
+        capsys.readouterr()
+        same, out = torch.equal(data.load("folder", images).train_x, expected), capsys.readouterr().out
+        return same and "decoding 10 files" in out and words in out
 
-
-def test_a_damaged_cache_is_decoded_again(tmp_path):
-    root = make_folder(tmp_path, {"a": (2, 1), "b": (2, 1)})
-    d = data.load("folder", root)
-    (cache,) = root.glob(".decoded*")
-    raw = bytearray(cache.read_bytes())
-    raw[len(raw) // 2] ^= 255
-    cache.write_bytes(raw)
-    assert torch.equal(data.load("folder", root).train_x, d.train_x)
-
-
-def test_bad_folders(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no folder"):
-        data.load("folder", tmp_path / "nowhere")
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no class folders"):
-        data.load("folder", tmp_path / "empty")
-    root = make_folder(tmp_path / "a", {"a": (2, 1), "b": (0, 1)})
-    with pytest.raises(ValueError, match=r"class folder .*b has no image"):
-        data.load("folder", root)
-    root = make_folder(tmp_path / "b", {"a": (2, 1), "b": (2, 1)})
-    (root / "train" / "b" / "notes.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"notes\.png cannot be read as an image .*: replace it or delete it$"):
-        data.load("folder", root)
-
-    def too_many(*_, **__):
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(data.Image, "open", too_many)
-    with pytest.raises(ValueError, match=r"cannot be read as an image \(.*Too many open files\)$"):  # a good image
-        data.load("folder", root)
-    monkeypatch.undo()
-    root = make_folder(tmp_path / "c", {"a": (2, 1), "b": (2, 1)})
-    (root / "test" / "c").mkdir()
-    Image.new("RGB", (4, 4)).save(root / "test" / "c" / "x.png")
-    with pytest.raises(ValueError, match="'c' is not in both"):
-        data.load("folder", root)
+    for content in (damaged, b"", POINTER):
+        cache.write_bytes(content)
+        assert decoded_again()
+    (images / "data.py").write_text("the code that decodes, edited")
+    monkeypatch.setattr(data, "__file__", str(images / "data.py"))
+    assert decoded_again() and not decoded_again()
+    (images / "data.py").write_text("once more")
+    with monkeypatch.context() as patch:  # a folder in which nothing can be written, and a process that is killed
+        patch.setattr(os, "replace", lambda *_: os.stat("/nowhere/at/all"))
+        assert decoded_again("cannot be kept") and not list(images.glob(".decoded*"))
+        patch.setattr(os, "replace", lambda *_: exit(1))
+        with pytest.raises(SystemExit):
+            data.load("folder", images)
+    assert decoded_again() and len(list(images.glob(".decoded*"))) == 1
 
 
-def make_tinyimagenet(root):
-    """As TinyImageNet is distributed, with a red and a green class of three images."""
-    colours = {"n02": (200, 0, 0), "n01": (0, 200, 0)}
-    for wnid, colour in colours.items():
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("boxes are no images\n")
-        for i in range(3):
-            Image.new("RGB", (64, 64), colour).save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
-    (root / "val" / "images").mkdir(parents=True)
-    lines = []
-    for i, wnid in enumerate(["n02", "n01", "n01", "n02"]):
-        Image.new("RGB", (64, 64), colours[wnid]).save(root / "val" / "images" / f"val_{i}.JPEG")
-        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
-    return root
+def test_folders_that_are_refused(images, monkeypatch):
+    monkeypatch.chdir(images)
+    refused("nowhere", f"no folder {images / 'nowhere' / 'train'}: ")  # a relative path is told in full
+    (images / "empty" / "train" / "a").mkdir(parents=True)
+    refused("empty", "has no class folders with images")
+    for split in ("train", "test"):
+        (images / split / "cat").mkdir()  # an empty folder in both is no class
+    assert data.load("folder", images).classes == ["ant", "wolf"]
+    image = images / "train" / "cat" / "x.png"
+    Image.new("RGB", (4, 4)).save(image)
+    refused(images, "the class 'cat' has no training image or no test image")
+    Image.new("RGB", (4, 4)).save(images / "test" / "cat" / "x.png")
+    for content, words in ((b"text", "cannot be read: "), (b"", "cannot be read: "), (POINTER, "is a Git LFS pointer")):
+        image.write_bytes(content)
+        refused(images, str(image), words)
+    for name in ("train/cat", "test/cat", "train/wolf", "test/wolf"):
+        (images / name).rename(images / name.replace("/", "-"))
+    refused(images, "only one class")
 
 
-@pytest.mark.parametrize("folder", [".", "tiny-imagenet-200"])
-def test_tinyimagenet_as_distributed(tmp_path, folder, monkeypatch):
-    make_tinyimagenet(tmp_path / folder)
+def test_links_names_and_a_test_set_without_labels(images):
+    expected, cafe = data.load("folder", images), images / "train" / "Caf\u00e9"
+    (images / "train" / "ant").rename(cafe)
+    (images / "test" / "ant").rename(images / "test" / "Cafe\u0301")  # another Unicode form
+    d = data.load("folder", images)
+    assert d.classes == ["Caf\u00e9", "wolf"] and torch.equal(d.test_y, expected.test_y)
+    (images / "test").rename(images / "val")
+    (images / "test" / "images").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(images / "test" / "images" / "1.png")
+    assert torch.equal(data.load("folder", images).test_x, expected.test_x)
+    cafe.rename(images / "elsewhere")
+    try:
+        cafe.symlink_to(images / "elsewhere", target_is_directory=True)
+    except OSError:
+        pytest.skip("no permission to make links")
+    assert torch.equal(data.load("folder", images).train_x, expected.train_x)
+    (cafe / "gone.png").symlink_to(images / "nothing.png")
+    refused(images, "gone.png")
+    (cafe / "gone.png").unlink()
+    (cafe / "up").symlink_to(images / "elsewhere", target_is_directory=True)
+    refused(images, "a link leads back")
+
+
+def test_images_are_decoded_to_the_same_intensities(tmp_path):
+    file, grey = tmp_path / "x", np.linspace(0, 255, 1024).reshape(32, 32).astype(np.uint8)
+    wide, expected = grey.astype(np.int32) * 257, np.broadcast_to(grey, (3, 32, 32)).astype(int)
+
+    def error(image, of="TIFF", **how):
+        image.save(file, of, **how)
+        return abs(data._decode(file, 32).numpy() - expected)
+
+    for mode in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        assert error(Image.fromarray(grey).convert("RGB").convert(mode)).max() <= 1, mode
+    for pixels, of in ((wide.astype(np.uint16), "PNG"), (wide.astype(np.uint16), "TIFF"), (wide, "TIFF")):
+        assert error(Image.fromarray(pixels), of).max() <= 1, of  # Pillow alone cuts 16 bits off at 255
+    for bad in (wide * 1000, -wide, wide // 17, (wide // 17).astype(np.uint16), grey.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"pixels go from .* what is white is not clear"):
+            error(Image.fromarray(bad))
+    animated = dict(save_all=True, append_images=[Image.new("L", (32, 32), 9)])
+    assert error(Image.fromarray(grey), "GIF", **animated).max() <= 1  # the first of the two
+    exif = Image.Exif()
+    exif[274] = 3  # upside down
+    assert error(Image.fromarray(grey[::-1, ::-1]), "JPEG", exif=exif, quality=95).mean() < 3
+    Image.new("RGBA", (4, 4), (10, 200, 30, 0)).save(file, "PNG")
+    assert data._decode(file, 32)[:, 5, 5].tolist() == [10, 200, 30]  # transparent, as torchvision has it
+
+
+def test_tinyimagenet_as_distributed(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    for wnid, colour in {"n02": (200, 0, 0), "n01": (0, 200, 0)}.items():
+        for file in (f"train/{wnid}/images/{wnid}_0.JPEG", f"val/images/val_{wnid}.JPEG", f"test/images/{wnid}.JPEG"):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), colour).save(root / file)
+    lines = "val_n02.JPEG\tn02\t0\t32\t44\t62\nval_n01.JPEG\tn01\t0\t32\t44\t62\nval_n01.JPEG\tn01\t0\t32\t44\t62\n"
+    (root / "val" / "val_annotations.txt").write_text(lines)
     d = data.load("tinyimagenet", tmp_path)
-    assert d.train_x.shape == (6, 3, 32, 32) and d.n_classes == 2 and d.augment is data.augment
-    assert d.train_y.tolist() == [0, 0, 0, 1, 1, 1] and d.test_y.tolist() == [1, 0, 0, 1]
+    assert d.augment_name == "cifar: crop, flip, cutout" and d.classes == ["n01", "n02"]
+    assert d.train_y.tolist() == [0, 1] and d.test_y.tolist() == [1, 0, 0]
     for x, y in ((d.train_x, d.train_y), (d.test_x, d.test_y)):
         assert torch.equal((x[:, 0] > x[:, 1]).flatten(1).all(1), y == 1)  # n02 is red
-    monkeypatch.setattr(data, "_decode", lambda *_, **__: 1 / 0)  # the second time nothing is decoded
-    assert torch.equal(data.load("tinyimagenet", tmp_path).test_x, d.test_x)
+    for line, words in (("val_n01.JPEG\tn03\t0\n", "the class 'n03'"), ("val_n01.JPEG\n", "the class ''")):
+        (root / "val" / "val_annotations.txt").write_text(lines + line)
+        refused(tmp_path, words, name="tinyimagenet")
 
 
-def test_bad_tinyimagenet(tmp_path):
-    with pytest.raises(ValueError, match=r"no TinyImageNet in .*unpack tiny-imagenet-200\.zip"):
-        data.load("tinyimagenet", tmp_path)
-    root = make_tinyimagenet(tmp_path)
-    annotations = root / "val" / "val_annotations.txt"
-    intact = annotations.read_text()
-    for line in ("val_9.JPEG\tn01\t0\n", "val_0.JPEG\tn03\t0\n", "val_0.JPEG\n", "\n"):
-        annotations.write_text(intact + line)
-        with pytest.raises(ValueError, match=r"val_annotations\.txt says '.*', but there is no"):
-            data.load("tinyimagenet", root)
-    annotations.write_text("")
-    with pytest.raises(ValueError, match=r"val_annotations\.txt names no image"):
-        data.load("tinyimagenet", root)
-
-
-def test_recipes_of_tinyimagenet():
-    def of(*arguments):
-        config = recipes.settings(recipes.parse(["--data", "tinyimagenet", *arguments]))
-        return [config[k] for k in ("lr", "warmup_epochs", "warmup_from", "epochs", "batch_size", "T", "image_size")]
-
-    assert of("--arch", "resnet18") == [0.003, 10, 0.001, 300, 128, 4, 32]
-    for arch in ("vgg8", "vgg16"):  # as for CIFAR-100
-        cifar = recipes.settings(recipes.parse(["--data", "cifar100", "--arch", arch]))
-        assert of("--arch", arch)[:3] == [cifar[k] for k in ("lr", "warmup_epochs", "warmup_from")]
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, name):
+def test_cifar_and_mnist_are_read_through_torchvision(tmp_path, monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
-            self.classes = list("abcdefghij")
-            self.data = np.full((6 if train else 2, 32, 32, 3), 7, np.uint8)
+            self.classes, self.targets, self.data = list("abc"), [2] * 6, np.full((6, 32, 32, 3), 7, np.uint8)
             self.data[..., 2] = 9
-            self.targets = [3] * len(self.data)
 
-    monkeypatch.setattr(data, name.upper(), Fake)
-    d = data.load(name, tmp_path)
-    assert d.train_x.shape == (6, 3, 32, 32) and d.test_y.tolist() == [3, 3] and d.n_classes == 10
-    assert d.augment is data.augment
-    assert d.train_x[0, :, 4, 4].tolist() == [7, 7, 9]
-    assert data.load(name, tmp_path, image_size=48).train_x.shape == (6, 3, 48, 48)
+    monkeypatch.setitem(data.LOADERS, "cifar10", partial(data.downloaded, Fake, "cifar"))
+    d = data.load("cifar10", tmp_path, image_size=48)
+    assert d.train_x.shape == (6, 3, 48, 48) and d.test_y.tolist() == [2] * 6 and d.n_classes == 3
+    assert d.augment is augment.augment_cifar and d.train_x[0, :, 4, 4].tolist() == [7, 7, 9]
 
-
-def write_mnist(folder, n_train=40, n_test=20):
-    """The files of MNIST in torchvision's layout, as they are distributed, with random images."""
+    folder, rng, found = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0), []
     folder.mkdir(parents=True)
-    rng, found = np.random.default_rng(0), []
-    for split, n in (("train", n_train), ("t10k", n_test)):
+    for split, n in (("train", 40), ("t10k", 20)):
         x, y = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), (np.arange(n) % 10).astype(np.uint8)
         (folder / f"{split}-images-idx3-ubyte").write_bytes(np.array([2051, n, 28, 28], ">i4").tobytes() + x.tobytes())
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(np.array([2049, n], ">i4").tobytes() + y.tobytes())
-        found += [torch.from_numpy(x), torch.from_numpy(y)]
-    return found
+        found += [torch.from_numpy(x)[:, None], torch.from_numpy(y).long()]
+    d = data.load("fashion-mnist", tmp_path, image_size=28)
+    assert all(map(torch.equal, (d.train_x, d.train_y, d.test_x, d.test_y), found)) and d.augment_name == "none"
+    for content, words in ((b"x" * 2000, "or damaged, and cannot be downloaded"), (POINTER, "is a Git LFS pointer")):
+        (folder / "train-labels-idx1-ubyte").write_bytes(content)
+        refused(tmp_path, words, name="fashion-mnist")
 
 
-@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
-def test_mnist_is_read_through_torchvision(tmp_path, name, folder, capsys):
-    train_x, train_y, test_x, _ = write_mnist(tmp_path / folder / "raw")
-    d = data.load(name, tmp_path, image_size=28)
-    assert torch.equal(d.train_x[:, 0], train_x) and torch.equal(d.test_x[:, 0], test_x)
-    assert d.train_y.tolist() == train_y.tolist() and d.n_classes == 10 and d.augment is None
-    assert data.load(name, tmp_path, image_size=32).train_x.shape == (40, 1, 32, 32)
-    options = ["--arch", "mlp", "--data", name, "--data-root", str(tmp_path), "--epochs", "1", "--batch-size", "20"]
-    assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
-    assert "samples of 1x28x28" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_a_download_that_fails(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: os.stat("/no/route/to/the/host"))
+    monkeypatch.chdir(tmp_path)
+    refused("data", f"{tmp_path / 'data'}, or", "cannot be downloaded", "--data folder or --data digits", name=name)
+    refused("dta/cifar", f"nothing is downloaded there: {tmp_path / 'dta'} is no folder", name=name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(POINTER)
+    refused(".", "cifar-10-python.tar.gz is a Git LFS pointer", name=name)
 
 
-@pytest.mark.parametrize("broken", ["", "x" * 2000])
-def test_damaged_files_of_mnist(tmp_path, broken, monkeypatch):
-    write_mnist(tmp_path / "MNIST" / "raw")
-    (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").write_text(broken)
-    with pytest.raises(OSError, match=r"mnist is not in .*, or damaged, and cannot be downloaded .* put the official"):
-        data.load("mnist", tmp_path)
+X, Y = torch.zeros(4, 1, 2, 2).byte(), torch.tensor([0, 1, 0, 1])
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
-def test_a_download_that_fails_names_the_other_ways(tmp_path, monkeypatch, name):
-    def refuse(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with pytest.raises(OSError, match=r"cannot be downloaded .*--data folder .*--data digits"):
-        data.load(name, tmp_path / "data")
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint16])
+def test_one_s_own_data_may_be_of_any_type_of_whole_numbers(kind):
+    d = data.Dataset(X.numpy().astype(kind), Y.numpy().astype(kind), X.int(), [0, 0, 0, 1], np.int64(2))
+    assert d.train_x.dtype == torch.uint8 and torch.equal(d.train_y, Y) and d.train_y.dtype == torch.int64
+    assert d.chance == 0.75 and d.classes == ["0", "1"]
 
 
-def test_unknown_data():
-    with pytest.raises(ValueError, match="unknown data 'mnisst'"):
-        data.load("mnisst")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(train_x=torch.full((4, 1, 2, 2), torch.nan)), r"float32 .*; expected whole numbers.*standardized"),
+        (dict(train_x=torch.full((4, 1, 2, 2), 65535)), "from 65535 to 65535 .*from 0 to 255"),
+        (dict(test_x=-X.int() - 1), "test set is .* from -1 to -1"),
+        (dict(train_x=X[:, 0]), r"\(4, 2, 2\) .*images \(N, channels, S, S\)"),
+        (dict(train_x=torch.zeros(4, 2, 2, 3).byte()), r"\(4, 2, 2, 3\)"),
+        (dict(train_x=["a.png", "b.png"]), "not given as tensors or arrays"),
+        (dict(test_x=X[:0], test_y=Y[:0]), r"test set is torch.uint8 \(0, 1, 2, 2\)"),
+        (dict(test_x=torch.zeros(4, 1, 3, 3).byte()), r"training samples have .*1, 2, 2.*, test samples .*1, 3, 3"),
+        (dict(train_y=torch.tensor([0, 1, 2, 0])), "labels from 0 to 2; .*from 0 to 1"),
+        (dict(train_y=Y[:, None]), r"labels torch.int64 \(4, 1\)"),
+        (dict(train_y=Y.float()), "labels torch.float32"),
+        (dict(classes=1), "only one class"),
+        (dict(augment="gesture"), "augmented by none, cifar, not by gesture"),
+    ],
+)
+def test_anything_else_is_refused(change, message):
+    with pytest.raises(ValueError, match=message) as found:
+        data.Dataset(**dict(train_x=X, train_y=Y, test_x=X, test_y=Y, classes=2) | change)
+    assert "\n" not in str(found.value)
 
 
-def augmented(x, seed=0):
-    return data.augment(x, torch.Generator().manual_seed(seed))
+def test_what_a_loader_returns_is_checked(monkeypatch):
+    monkeypatch.setitem(data.LOADERS, "mine", lambda *_: (X, Y, X, Y, 2))
+    refused(".", "returned 5 values; expected six", name="mine")
+    monkeypatch.setitem(data.LOADERS, "mine", lambda *_: (X, Y, X, Y, 2, None))
+    refused(".", "has samples of (1, 2, 2); expected --image-size 32", name="mine")
 
 
-def test_augmentation_crops_and_flips_each_image_on_its_own():
-    x = torch.rand(400, 3, 32, 32)
-    out = augmented(x)
-    assert out.shape == x.shape and out.min() >= 0 and out.max() <= 1
-    assert torch.equal(out, augmented(x)) and not torch.equal(out, augmented(x, 1))
-    padded = torch.nn.functional.pad(x, [4] * 4)
-    shifts, flips, cut = set(), 0, 0
-    for image, source in zip(out, padded, strict=True):
-        best = (-1, None)
-        for flipped in (False, True):
-            for dy in range(9):
-                for dx in range(9):
-                    crop = source[:, dy : dy + 32, dx : dx + 32]
-                    same = (image == (crop.flip(2) if flipped else crop)).all(0)
-                    best = max(best, (same.sum().item(), dy, dx, flipped), key=lambda b: b[0])
-        assert best[0] >= 0.55 * 1024  # the rest is the cutout, at most 40 % of the area but for rounding
-        shifts.add(best[1:3])
-        flips += best[3]
-        cut += best[0] < 1024
-    assert 0.4 < flips / 400 < 0.6 and 0.4 < cut / 400 < 0.6
-    assert len({dy for dy, _ in shifts}) == 9 and len({dx for _, dx in shifts}) == 9
-
-
-def test_cutout_areas_and_aspects():
-    out = augmented(torch.full((2000, 1, 64, 64), -1.0))  # what is left of it is -1, or 0 from the padding
-    cut = (out > 0).flatten(1)
-    area = cut.float().mean(1)
-    area = area[area > 0]
-    assert 0.45 < len(area) / 2000 < 0.55
-    assert area.min() > 0.015 and area.max() < 0.42 and 0.18 < area.mean() < 0.24
-    boxes = (out > 0)[:, 0]
-    height, width = boxes.any(2).sum(1).float(), boxes.any(1).sum(1).float()
-    aspect = (height / width)[height > 0]
-    assert aspect.min() > 0.35 and aspect.max() < 2.9 and 0.45 < (aspect > 1).float().mean() < 0.55
+def test_cifar_augmentation_crops_flips_and_cuts_each_image_on_its_own():
+    """Each pixel holds its row in one channel and its column in the other, from 1, so it shows where it came from."""
+    place = torch.arange(1.0, 33)
+    x = torch.stack([place[:, None].expand(32, 32), place.expand(32, 32)]).expand(400, 2, 32, 32)
+    shifts, flips, areas, aspects = set(), 0, [], []
+    for rows, columns in augment.augment_cifar(x, torch.Generator().manual_seed(0)):
+        seen, cut = rows >= 1, (rows > 0) & (rows < 1)  # 0: from beyond the edge
+        down, right, mirrored = ((v[seen]).unique() for v in (rows - place[:, None], columns - place, columns + place))
+        assert len(down) == 1 and 1 in (len(right), len(mirrored))
+        flips += len(mirrored) == 1
+        shifts.add((down.item(), right.item() if len(right) == 1 else 33 - mirrored.item()))
+        if cut.any():
+            height, width = cut.any(1).sum().item(), cut.any(0).sum().item()
+            assert height * width == cut.sum()
+            areas.append(height * width / 1024)
+            aspects.append(height / width)
+    assert {d for d, _ in shifts} == {r for _, r in shifts} == set(range(-4, 5))
+    assert 0.4 < flips / 400 < 0.6 and 0.4 < len(areas) / 400 < 0.6
+    assert 0.01 < min(areas) < 0.05 and 0.36 < max(areas) < 0.43 and 0.18 < np.mean(areas) < 0.24
+    assert 0.33 < min(aspects) < 0.5 and 2 < max(aspects) < 3 and 0.4 < np.mean(np.array(aspects) > 1) < 0.6
