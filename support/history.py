@@ -18,7 +18,7 @@ LACKS = dict(ei=(), bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "thresho
 
 
 def read(run, name, take):
-    """take(what is in a CSV or JSON file of a run). A file that is missing or damaged is a ValueError of one line."""
+    """take(what is in a CSV or JSON file of a run). One that is missing or damaged is a ValueError of one line."""
     try:
         with open(run.folder / name, encoding="utf-8") as file:
             found = json.load(file) if name.endswith("json") else list(csv.DictReader(file))
@@ -29,11 +29,10 @@ def read(run, name, take):
         reason = f"{run.folder} has no {name}"
     except Exception as error:  # a damaged file fails in many ways
         reason = f"{run.folder / name} is damaged ({type(error).__name__}: {error})"
-    if saved(run.folder):
-        raise ValueError(f"{reason}: python train.py --resume {run.quoted} writes it")
-    raise ValueError(
-        f"{reason}, and no checkpoint to write it; or it has no history: its network was trained elsewhere"
-    )
+    again = f"python train.py --resume {run.quoted} writes it"
+    if not saved(run.folder):
+        again = "there is no checkpoint to write it again, or it has no history: its network was trained elsewhere"
+    raise ValueError(f"{reason}: {again}")
 
 
 def outcome(run):
