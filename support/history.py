@@ -1,249 +1,121 @@
-"""Reading finished runs, for figures that need them. A reader of the paper may skip this file.
+"""Reading runs for figures: what is in their files, whether two were made alike, and which there are in a folder."""
 
-`trained_runs` finds the runs in a folder, `pick` chooses one of them by its settings, `networks_of` makes its networks.
-If a run is missing, the message names the command that makes it.
-"""
-
-import copy
 import csv
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from model import KINDS, circuits
 from support import data
-from support.console import quoted
-from support.fast import accelerate
 from support.measure import BINS
-from support.parallel import pick_device
-from support.recipes import COLUMNS, FULL, WHAT, option, parse, settings
-from support.runs import BEST, CHECKPOINT, bad_part, holds_run, load_data_and_model, prepare, reopen, restore, saved
+from support.recipes import FULL, WHAT, parse, quoted, settings
+from support.runs import BEST, Run, holds_run, saved
 
-BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
-
-# By these settings runs are chosen in a folder that has several. Not every kind of network has each of the last four.
-CHOICES = ("data", "arch", "plan", "seed", "width", "ei_ratio", "tau", "threshold", "alpha")
-LACKS = dict(bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "threshold", "alpha"))
+# Settings that a kind of network has of its own, or not at all.
+OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
+LACKS = dict(ei=(), bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "threshold", "alpha", "T"))
 
 
-class Missing(ValueError):
-    """A run that a figure needs is not there. The message says how to get one."""
-
-
-class Trained:
-    """A run to draw from.
-
-    Attributes:
-        run, folder: the `Run` and its folder.
-        config: its settings.
-    """
-
-    def __init__(self, folder, data_root=None):
-        self.run, self.config = reopen(dict(data_root=data_root), folder)
-        self.folder = self.run.folder
-
-    def has(self, key):
-        """Whether this kind of network has a setting at all: BN-SNN has no interneurons, DANN no membrane."""
-        return key not in LACKS.get(self.config["kind"], ())
-
-    def unusual(self):
-        """The number of epochs, and what else of the training is not as the table of recipes has it: a dict."""
-        same = [option(key, self.config[key]) for key in (*WHAT, "epochs")]
-        usual = settings(parse(same))
-        return {key: self.config[key] for key in COLUMNS if key == "epochs" or self.config[key] != usual[key]}
-
-    def elsewhere(self):
-        """Whether the network was trained by another program."""
-        return (self.folder / BEST).exists() and not saved(self.folder) and self.run.load(BEST)["epoch"] == 0
-
-    def _read(self, name, reader):
-        resume = f"python train.py --resume {self.run.quoted}"
-        try:
-            with open(self.folder / name, encoding="utf-8") as file:
-                return reader(file)
-        except FileNotFoundError:
-            if self.elsewhere():
-                raise Missing(f"{self.folder} has no history: its network was trained elsewhere") from None
-            if not saved(self.folder):
-                raise Missing(f"{self.folder} has no {name}, nor a checkpoint to make it from") from None
-            raise Missing(f"{self.folder} is not finished: {resume}") from None
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.folder / name} cannot be read ({said}): {resume} writes it again") from None
-
-    def metrics(self):
-        """metrics.csv: a dict of numbers for each epoch. The list is empty if the first epoch was not finite."""
-        needed = dict(epoch=int, train_loss=float, test_loss=float, test_accuracy=float)
-
-        def read(file):
-            return [{key: kind(row[key]) for key, kind in needed.items()} for row in csv.DictReader(file)]
-
-        return self._read("metrics.csv", read)
-
-    def result(self):
-        """Outcome, best epoch and best accuracy from result.json. The last two are None if there was no epoch."""
-
-        def read(file):
-            result = dict(best_epoch=0, best_test_accuracy=0.0) | json.load(file)
-            if part := bad_part(result, dict(outcome=str, best_epoch=int, best_test_accuracy=float)):
-                raise ValueError(f"{part} is missing or not what it should be")
-            if result["best_epoch"] == 0:
-                return result["outcome"], None, None
-            return result["outcome"], result["best_epoch"], result["best_test_accuracy"]
-
-        return self._read("result.json", read)
-
-    def histograms(self):
-        """histograms.json as an array of counts: (epochs + 1, layers, 2, bins). The 2 are I_int and u."""
-
-        def read(file):
-            counts = []
-            for epoch in json.load(file):
-                counts.append([(layer["i_int"], layer["u"]) for layer in epoch])
-            counts = np.array(counts, dtype=float)
-            if counts.ndim != 4 or counts.shape[3] != BINS["n"]:
-                raise ValueError("not of this version")
-            return counts
-
-        return self._read("histograms.json", read)
-
-
-def all_runs(folder, data_root):
-    """Every run in a folder of runs, or the one that the folder is."""
-    if holds_run(folder):
-        return [Trained(folder, data_root)]
-    runs = []
-    for path in sorted(filter(holds_run, folder.glob("*/"))):
-        try:
-            runs.append(Trained(path, data_root))
-        except ValueError as error:
-            print(f"left out: {error}")
-    return runs
-
-
-def choice(key, asked, runs, folder):
-    """The value of a setting that the runs to draw from have: what is asked for, or what they have, or the paper's.
-
-    Raises:
-        ValueError: they have several values, the paper's is not among them, and none is asked for.
-    """
-    there = {run.config[key] for run in runs if run.has(key)}
-    if asked is not None:
-        return asked
-    if len(there) == 1:
-        return there.pop()
-    if there and WHAT[key] not in there:
-        values = ", ".join(str(value) for value in sorted(there))
-        name = key.replace("_", "-")
-        raise ValueError(f"{folder} has runs of several kinds, {key}: {values}. Choose one with --{name}")
-    return WHAT[key]
-
-
-def trained_runs(args):
-    """The runs in the folder `args.runs`, or the one that it is: of one network, dataset and seed.
-
-    What is asked for by `args` decides. Else, where there is a choice: VGG-8, the digits, seed 0, and the paper's width
-    and neurons.
-
-    Raises:
-        Missing: there is none.
-        ValueError: see `choice`; or a single run that cannot be read.
-    """
-    folder = Path(args.runs)
-    runs, wanted = all_runs(folder, args.data_root), {}
-    for key in CHOICES:
-        wanted[key] = choice(key, getattr(args, key), runs, folder)
-        runs = [run for run in runs if not run.has(key) or run.config[key] == wanted[key]]
-    options = {key: value for key, value in wanted.items() if value != WHAT[key]}
-    if runs:
-        options.update(runs[0].unusual())
-    root = runs[0].config["data_root"] if runs else args.data_root
-    if root and root != WHAT["data_root"]:
-        options["data_root"] = root
-    out = folder.resolve().parent if holds_run(folder) else folder
-    if out.resolve() != Path("runs").resolve():
-        options["out"] = out
-    command = ["python reproduce.py"]
-    command += [f"--{key.replace('_', '-')} {quoted(value)}" for key, value in options.items()]
-    if not runs:
-        raise Missing(f"{folder} has no such run in it: {' '.join(command)}")
-    place = f"in {folder}: {' '.join(command)}"
-    if holds_run(folder):
-        place = f"in {folder}, which is one run; this figure compares several. First: {' '.join(command)}"
-    for run in runs:
-        run.place = place  # where the others are or will be, for messages
-    return runs
-
-
-def pick(runs, **wanted):
-    """The run with these settings, and with those of the paper's method where nothing else is said.
-
-    If there is one run only and nothing is said, it is that run, whatever its settings.
-    """
-    if len(runs) == 1 and not wanted:
-        return runs[0]
-    method = {**FULL, **wanted}
-    found = [run for run in runs if all(run.config[key] == value for key, value in method.items())]
-    if not found:
-        said = " ".join(f"{key}={value}" for key, value in wanted.items())
-        said = f"{said} and otherwise the paper's method" if said else "the paper's method"
-        raise Missing(f"no run with {said} {runs[0].place}")
-    if len(found) > 1:
-        print(f"{found[0].folder} is drawn, not {', '.join(str(run.folder) for run in found[1:])}")
-    return found[0]
-
-
-def usual_settings(args, shown=None):
-    """The paper's method, with data, network and neurons of the runs if there are any, or else those asked for.
-
-    Args:
-        shown: names of the networks that are drawn, where it is not the runs' own.
-    """
+def read(run, name, take):
+    """take(what is in a CSV or JSON file of a run). One that is missing or damaged is a ValueError of one line."""
     try:
-        configs = [run.config for run in trained_runs(args)]
-        config = min(configs, key=lambda c: KINDS.index(c["model"]))  # an E-I SNN if there is one
-        keys = [*CHOICES, "data_root", "image_size", "batch_size"]
-        keys += ["T"] * (config["kind"] != "dann")  # DANN has no time
-        given = {key: config[key] for key in keys}
-    except Missing:
-        given = {key: getattr(args, key) for key in (*CHOICES, "data_root")}
-    options = [option(key, value) for key, value in given.items() if value is not None]
-    config = settings(parse(options))
-    shown = shown or " ".join(filter(None, (config["arch"], config["plan"])))
-    print(f"an E-I network, {shown}, with" + " {data}, T={T}, width {width:g}, seed {seed}".format(**config))
-    return config
+        with open(run.folder / name, encoding="utf-8") as file:
+            found = json.load(file) if name.endswith("json") else list(csv.DictReader(file))
+            if not found and file.tell():
+                raise ValueError("there is nothing in it")
+            return take(found)
+    except FileNotFoundError:
+        reason = f"{run.folder} has no {name}"
+    except Exception as error:  # a damaged file fails in many ways
+        reason = f"{run.folder / name} is damaged ({type(error).__name__}: {error})"
+    again = f"python train.py --resume {run.quoted} writes it"
+    if not saved(run.folder):
+        again = "there is no checkpoint to write it again, or it has no history: its network was trained elsewhere"
+    raise ValueError(f"{reason}: {again}")
 
 
-def networks_of(run, fast=True, end=False):
-    """The dataset of a run, and its network at initialisation and after training: a dict.
+def outcome(run):
+    """What became of a run, in words, and its `metrics`."""
+    return read(run, "result.json", lambda result: result["outcome"].strip()), metrics(run)
 
-    The initialisation is drawn again from the run's seed. On another kind of device it is another draw. Of a network
-    that was trained elsewhere it is E-I Init with these data. fast: with the fused forms of `support/fast.py`, else
-    with the plain equations. end: as the training left it, where that is kept, else at its best epoch.
 
-    Raises:
-        ValueError: the data are not those of the run. With a network that was trained elsewhere any are taken.
+def metrics(run):
+    """metrics.csv: a dict of numbers for each epoch. The list is empty if the first epoch was not finite."""
+
+    def numbers(row):
+        found = {key: float(row[key]) for key in ("train_loss", "test_loss", "test_accuracy")}
+        if not np.isfinite(list(found.values())).all():
+            raise ValueError("a number is not finite")
+        return dict(epoch=int(row["epoch"])) | found
+
+    return read(run, "metrics.csv", lambda rows: [numbers(row) for row in rows])
+
+
+def histograms(run):
+    """histograms.json as an array of counts: (epochs + 1, layers, 2, bins). The 2 are I_int and u."""
+
+    def counts(epochs):
+        found = np.array([list(map(itemgetter("i_int", "u"), layers)) for layers in epochs], dtype=float)
+        if found.shape[2:] != (2, BINS["n"]) or not np.isfinite(found).all():
+            raise ValueError("not the counts of this version")
+        return found
+
+    return read(run, "histograms.json", counts)
+
+
+def data_of(run):
+    """What a run remembers of its data, see `data.identity`."""
+    if not (run.folder / "result.json").exists():  # an epoch has ended, but not the training
+        return run.load(BEST)["data"]
+    parts = ("classes", "shape", "train", "test")
+    return read(run, "result.json", lambda result: {part: result["data"][part] for part in parts})
+
+
+def differing(run, other):
+    """What must be equal in two runs that are set side by side, and is not: names of settings, or "images"; a list.
+
+    Kinds of network may differ in what each has of its own, e.g. the learning rate. So may ablations and seeds.
     """
-    name = CHECKPOINT if end and saved(run.folder) else BEST
-    state, elsewhere = run.run.load(name), run.elsewhere()
-    dataset, before = load_data_and_model(run.config, pick_device())
-    if elsewhere:
-        print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
-    elif different := data.differences(state["data"], data.identity(dataset)):
-        raise ValueError(
-            f"these data are not those of {run.folder}: {different}; say with --data-root where its own are"
-        )
-    prepare(run.config, dataset, before)
-    if fast:
-        accelerate(before, data.first_batch(run.config, dataset)[0])
-    after = copy.deepcopy(before)
-    restore(after, state["model"], run.folder / name)
-    return dataset, {ANEW if elsewhere else BEFORE: before.eval(), AFTER: after.eval()}
+    kinds = {run.config["kind"], other.config["kind"]}
+    free = {*FULL, "data_root", "seed"}.union(*map(LACKS.get, kinds), OWN if len(kinds) == 2 else ())
+    found = [key for key in run.config if key not in free and run.config[key] != other.config.get(key)]
+    ours, theirs = data_of(run), data_of(other)
+    other_frames = "T" in free and ours["shape"] != theirs["shape"]  # of the same recordings
+    different = data.differences(ours, theirs, ("train", "test", "shape") if other_frames else ())
+    return found or ["images"] * bool(different)
 
 
-def with_circuits(network):
-    """The network, if it has E-I circuits."""
-    if not circuits(network):
-        raise Missing("this network has no E-I circuits: draw it from a run with --model ei")
-    return network
+class Runs:
+    """The runs in the folder `args.runs`, or the one that it is, which have the settings that are given in `args`."""
+
+    def __init__(self, args):
+        self.folder, self.found, one = Path(args.runs), [], holds_run(args.runs)
+        self.given = {key: vars(args)[key] for key in settings(parse([])) if vars(args)[key] is not None}
+        root = self.given.pop("data_root", None)
+        for path in [self.folder] if one else sorted(filter(holds_run, self.folder.glob("*/"))):
+            try:
+                run = Run(path)
+                run.config["data_root"] = root or run.config["data_root"]
+                asked = {key: value for key, value in self.given.items() if key not in LACKS[run.config["kind"]]}
+                self.found += [run] if asked.items() <= run.config.items() else []
+            except ValueError as error:
+                if one:
+                    raise
+                print(f"left out: {error}")
+
+    def pick(self, **wanted):
+        """The run with these settings, else those of the paper's method; if nothing is said, the only run there is."""
+        if len(self.found) == 1 and not wanted:
+            return self.found[0]
+        method = {key: self.given.get(key, value) for key, value in FULL.items()} | wanted
+        fitting = [run for run in self.found if method.items() <= run.config.items()]
+        if not fitting:
+            said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
+            out = quoted(self.folder.parent if holds_run(self.folder) else self.folder)
+            how = f"python reproduce.py --out {out}, with the options of the others"
+            raise ValueError(f"{self.folder} has no run with {said}: {how}")
+        best = max(fitting, key=lambda run: sum(run.config[key] == value for key, value in WHAT.items()))
+        if len(fitting) > 1:
+            print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
+        return best

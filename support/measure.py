@@ -1,9 +1,8 @@
-"""Looking into a network: histograms, populations, costs, zeros of I_div. A reader of the paper may skip this file.
+"""Looking into a network: testing it, neurons and operations, currents, zeros of I_div. Nothing here changes a network,
+and what is measured is the same for the plain and for the fused forms."""
 
-Nothing here changes a network. What is measured is the same for the plain and for the fused forms.
-"""
-
-from contextlib import ExitStack, contextmanager
+import threading
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 from baselines import DANN
 from inhibition import EICircuit
-from lif import LIF
 from model import circuits, layers
 from support import data, parallel
 
@@ -21,42 +19,40 @@ from support import data, parallel
 def hooked(model, hooks, training=False):
     """The network as in testing (or in training) and with hooks on, for a `with` block; then as it was before.
 
-    hooks: what `register_forward_hook` and its like return.
+    hooks: what `register_forward_hook` and its like return. A mode that is right is not touched, so that several
+    threads may test one network.
     """
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as after:
+    others = [module for module in model.modules() if module.training != training]
+    try:
+        if others:
+            model.train(training)
+        yield
+    finally:
+        for module in others:
+            module.training = not training
         for hook in hooks:
-            after.enter_context(hook)
-        model.train(training)
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+            hook.remove()
 
 
 @torch.no_grad()
 def evaluate(model, x, y, batch_size=100):
-    """Tests a network.
-
-    Args:
-        x, y: a test set as `data.Dataset` holds it, (N, C, H, W) or (N, T, C, H, W), and (N,).
+    """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them.
 
     Returns:
         Mean loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer.
     """
     batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
+    thread = threading.get_ident()
 
     def count_spikes(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
-        sums[2 + i] += spikes.mean() * spikes.shape[1]
+        if threading.get_ident() == thread:  # another thread may test the same network
+            sums[2 + i] += spikes.mean() * spikes.shape[1]
 
     parallel.same_buffers(model)
-    hooks = [layer.register_forward_hook(partial(count_spikes, i=i)) for i, layer in enumerate(layers(model))]
-    with hooked(model, hooks):  # in evaluation mode; afterwards the hooks are gone
-        for images, labels in zip(
-            parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True
-        ):
+    batches = zip(parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True)
+    with hooked(model, [m.register_forward_hook(partial(count_spikes, i=i)) for i, m in enumerate(layers(model))]):
+        for images, labels in batches:
             logits = model(data.to_input(images))
             sums[0] += F.cross_entropy(logits, labels, reduction="sum")
             sums[1] += (logits.argmax(1) == labels).sum()
@@ -64,33 +60,101 @@ def evaluate(model, x, y, batch_size=100):
     return loss, accuracy, rates
 
 
-# ---- populations -----------------------------------------------------------------------------------------------------
+def first_nonfinite(model, x, y, bad_gradients=()):
+    """The name of what is not finite in a training step with images x and labels y.
 
-
-def inhibitory(circuit):
-    """How many interneurons a circuit has at each position: the rows of all weights from x to interneurons."""
-    if not isinstance(circuit, EICircuit):
-        return 0
-    names = circuit.from_excitatory
-    return sum(len(getattr(circuit, name)) for name in names if name != "w_ee")
-
-
-@torch.no_grad()
-def population(model):
-    """Numbers of excitatory and inhibitory neurons of a network: one for each map and position of each layer.
-
-    The readout's units and interneurons count too.
+    The first layer, in forward order, with such a parameter or value. If there is none, "loss", where that is not
+    finite. Else, for gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)".
+    bad_gradients: names, in the network's order, of those that were not finite when the step was made. They count in
+    place of gradients computed now, for the optimiser may have moved the parameters since then.
     """
     found = []
 
-    def note(circuit, args, out):
-        found.append((out[0].numel(), inhibitory(circuit) * out[0].numel() // out.shape[1]))
+    def check(module, _, out, name):
+        if not all(t.isfinite().all() for t in (out, *module.parameters(recurse=False))):
+            found.append(name)
 
-    measured = [*(layer.circuit for layer in layers(model)), model.readout]
-    with hooked(model, [m.register_forward_hook(note) for m in measured]):
-        p = next(model.parameters())
-        model(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=p.device, dtype=p.dtype))
-    return sum(e for e, _ in found), sum(i for _, i in found)
+    named = {name: module for name, module in model.named_modules() if name}
+    with hooked(model, [m.register_forward_hook(partial(check, name=n)) for n, m in named.items()], training=True):
+        loss = F.cross_entropy(model(x), y)
+        if found or not loss.isfinite():
+            return [*found, "loss"][0]
+        if not bad_gradients:
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            pairs = zip(dict(model.named_parameters()), gradients, strict=True)
+            bad_gradients = [name for name, g in pairs if g is not None and not g.isfinite().all()]
+    return f"{bad_gradients[-1]} (its gradient)" if bad_gradients else "loss"
+
+
+@torch.no_grad()
+def costs(model, x):
+    """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
+
+    firing_rate: spikes per neuron and time step; of the readout, None.
+    accumulates: per image, each presynaptic spike (or the mean of pooled ones) once at each of its targets, E and I.
+    multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer, once where the
+        image stands still, and all of DANN's; at each position and time step n_E n_I for I_sub, as many and n_I more
+        for I_div, n_E for the division and n_E for g_E; in BN-SNN, n_E for the normalization. Where there are several
+        weights from interneurons, each acts in one of I_sub and I_div.
+    parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others.
+    neurons_e, neurons_i: one for each map and position. Only the first have a membrane, not in the readout and in DANN.
+    """
+    rows = []
+
+    def count(module, args, out):
+        ei, conv = isinstance(module, EICircuit), module[0] if isinstance(module, nn.Sequential) else module
+        weight = conv.w_ee if ei else conv.weight
+        n_e, n_i = len(weight), 0
+        local = 0 if conv is module else n_e  # multiplications at each position
+        if ei:
+            n_i = sum(len(getattr(module, key)) for key in module.from_excitatory if key != "w_ee")
+            lateral = [getattr(module, key).numel() for key in module.from_inhibitory]
+            twice = lateral[0] if len(lateral) == 1 else 0  # W_EI acts in I_sub and in I_div
+            local = sum(lateral) + (0 if module.readout else twice + module.n_i + 2 * n_e)
+        spiking = bool(rows) and not isinstance(module, DANN)
+        images = len(args[0]) if not rows and x.dim() == 4 else len(x)  # a still image counts once in the first layer
+        active = args[0] if spiking else torch.ones_like(args[0])
+        if weight.dim() == 4:  # how much activity reaches each position
+            active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
+        synaptic = active.flatten(1).sum(1).cpu().double().sum().item() * (n_e + n_i) / images
+        multiplies = (0 if spiking else synaptic) + local * out.numel() / n_e / images
+        name = "readout" if module is model.readout else str(len(rows) + 1)
+        row = dict(layer=name, firing_rate=None, accumulates=synaptic if spiking else 0.0, multiplies=multiplies)
+        sizes = {key: p.numel() for key, p in module.named_parameters()}
+        row["parameters_e"] = sum(size for key, size in sizes.items() if key in ("w_ee", "g_e", "b_e") or not ei)
+        row["parameters_i"] = sum(sizes.values()) - row["parameters_e"]
+        rows.append(row | dict(neurons_e=out[0].numel(), neurons_i=n_i * out[0].numel() // n_e))
+
+    def fire(layer, args, spikes):
+        rows[-1]["firing_rate"] = spikes.mean().item()
+
+    counted = [*(layer.circuit for layer in layers(model)), model.readout]
+    hooks = [module.register_forward_hook(count) for module in counted]
+    with hooked(model, hooks + [layer.register_forward_hook(fire) for layer in layers(model)]):
+        model(x)
+    return rows
+
+
+def cost_table(model, x):
+    """`costs` of a network on x and their sum, as lines of text: operations in thousands per image."""
+    rows = costs(model, x)
+    total = {key: sum(row[key] for row in rows) for key in rows[0] if key not in ("layer", "firing_rate")}
+    spikes = sum(row["firing_rate"] * row["neurons_e"] for row in rows[:-1])
+    neurons = sum(row["neurons_e"] for row in rows[:-1])
+    rows.append(dict(layer="all", firing_rate=spikes / neurons) | total)
+    columns = "{:8}{:>7}{:>14}{:>13}{:>15}{:>11}{:>12}{:>9}"
+    titles = columns.format("layer", "rate", "accumulates", "multiplies", "parameters E", "I", "neurons E", "I")
+    lines = [f"what {len(x)} of the test images cost, operations for each:", titles]
+    for layer, rate, *numbers in map(dict.values, rows):
+        operations, sizes = [f"{n / 1e3:,.0f}k" for n in numbers[:2]], [f"{n:,}" for n in numbers[2:]]
+        lines.append(columns.format(layer, "" if rate is None else f"{rate:.4f}", *operations, *sizes))
+    return lines
+
+
+def population(model):
+    """Numbers of excitatory and inhibitory neurons of a network; the readout's units and interneurons count too."""
+    rows = costs(model, next(model.parameters()).new_zeros(1, model.in_channels, model.image_size, model.image_size))
+    return sum(row["neurons_e"] for row in rows), sum(row["neurons_i"] for row in rows)
 
 
 def describe(model):
@@ -109,19 +173,16 @@ def header(config, dataset, model, device):
     print("settings ", *values, flush=True)
 
 
-# ---- currents and potentials -----------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def observe(model, x, see):
     """Runs the network on x, as in testing, and calls see(i, current, u, spikes) for each spiking layer i.
 
-    current: I_int, u: membrane potential before the reset (DANN, which has no membrane: its current again), spikes:
-    each (T, B, n_E, H', W'). Nothing of the network changes, and without this call nothing is recorded.
+    current is I_int, u the membrane potential before the reset, as the neuron tells it (in DANN, which has no membrane,
+    the current again); each (T, B, n_E, H', W'), as the spikes.
     """
 
     def hook(neuron, args, spikes, i):
-        u = neuron.membrane_potential(args[0]) if isinstance(neuron, LIF) else args[0]
+        u = neuron.membrane_potential(args[0]) if hasattr(neuron, "membrane_potential") else args[0]
         see(i, args[0], u, spikes)
 
     neurons = [layer.neuron for layer in layers(model)]
@@ -133,12 +194,10 @@ BINS = dict(low=-6.0, high=6.0, n=120)  # of the histograms below, in the units 
 
 
 def histogram(values):
-    """Counts of values (T, ...) in `BINS`: a list. What lies outside is counted in the outermost bins, NaN nowhere."""
+    """Counts of values in `BINS`: a list. What lies outside is counted in the outermost bins, NaN nowhere."""
     low, high, n = BINS.values()
-    if values.device.type == "mps":  # which has no histc
-        values = values.cpu()
-    steps = (v[~v.isnan()].clamp(low, high) for v in values)  # one by one: histc counts in float32, up to 2^24
-    return sum(torch.histc(v, n, low, high).long() for v in steps).tolist()
+    values = values[~values.isnan()].clamp(low, high)
+    return torch.bincount(((values - low) * (n / (high - low))).long().clamp(max=n - 1), minlength=n).tolist()
 
 
 def histograms(model, x):
@@ -154,9 +213,8 @@ def currents_of(model, x, index):
     found = {}
 
     def record(circuit, args):
-        T = 1 if len(args[0]) == len(x) else model.T  # a still image may pass the first circuit once
         for name, values in circuit.currents(args[0]).items():
-            values = values.unflatten(0, (T, -1))
+            values = values.unflatten(0, (-1, len(x)))  # (T, B, ...); a still image may pass the first circuit once
             found[name] = values.expand(model.T, *values.shape[1:])
 
     with hooked(model, [circuits(model)[index].register_forward_pre_hook(record)]):
@@ -166,186 +224,62 @@ def currents_of(model, x, index):
 
 @torch.no_grad()
 def contrast_response(model, x, contrasts):
-    """Mean response of each layer at each contrast: with divisive inhibition, and with I_div held at its mean.
+    """Firing rate of each layer at each contrast: with divisive inhibition, and with I_div held at its mean.
 
-    Returns:
-        (2, contrasts, layers). The mean of I_div is taken for each excitatory map over images, time and positions of x
-        at full contrast, in the intact network.
+    The mean is that of each excitatory map, over images, time and positions of x at full contrast in the intact
+    network. Returns a tensor (2, contrasts, layers).
     """
-    divided = circuits(model)[:-1]
-    means = {}
-
-    def measure(circuit, args):
-        i_div = circuit.currents(args[0])["i_div"]
+    divided, means = circuits(model)[:-1], {}
+    for i, circuit in enumerate(divided):
+        i_div = currents_of(model, x, i)["i_div"].flatten(0, 1)
         means[circuit] = i_div.mean((0, *range(2, i_div.dim())), keepdim=True)
-
-    with hooked(model, [circuit.register_forward_pre_hook(measure) for circuit in divided]):
-        model(x)
 
     def undivided(circuit, args, _):
         found = circuit.currents(args[0])
         g_e, b_e = (p.view(-1, *[1] * (found["i_ee"].dim() - 2)) for p in (circuit.g_e, circuit.b_e))
         return g_e * (found["i_ee"] - found["i_sub"]) / means[circuit] + b_e
 
-    responses = torch.zeros(2, len(contrasts), len(divided))
-    for which in range(2):
-        with hooked(model, [circuit.register_forward_hook(undivided) for circuit in divided * which]):
-            for k, contrast in enumerate(contrasts):
-
-                def see(i, current, u, spikes, which=which, k=k):
-                    responses[which, k, i] = spikes.mean()
-
-                observe(model, contrast * x, see)
-    return responses
+    rates = []  # one after another: with and without the division, of each contrast, of each layer
+    for changed in ([], divided):
+        with hooked(model, [circuit.register_forward_hook(undivided) for circuit in changed]):
+            for contrast in contrasts:
+                observe(model, contrast * x, lambda i, current, u, spikes: rates.append(spikes.mean().item()))
+    return torch.tensor(rates).view(2, len(contrasts), -1)
 
 
-# ---- zeros of I_div --------------------------------------------------------------------------------------------------
-
-VARIANTS = {  # of the stabilization: eps, ste
-    "adaptive": ("adaptive", True),
-    "adaptive, no STE": ("adaptive", False),
-    "\u03b5=1e-4": (1e-4, True),
-    "\u03b5=1e-6": (1e-6, True),
-    "\u03b5=1e-8": (1e-8, True),
-}
-
-
-def stabilization(model, batches):
+def stabilization(model, batches, variants):
     """Where I_div is 0, and what that does to the gradient: a list of dicts, one for each circuit that divides.
 
-    The network computes the loss of each batch, (images, labels), as it is. Each circuit then gets its own input and
-    its own incoming gradient dL/dI_int again, with each of `VARIANTS` in turn.
+    The network computes the loss of each batch, (images, labels), all of one size. Each circuit then gets its own input
+    and its own incoming gradient dL/dI_int again, with each of the variants, name -> (eps, ste).
 
-    Returns:
-        layer: from 1.
-        zeros: the share of I_div that is exactly 0.
-        unbalanced: the share of these with I_EE other than I_sub; only there can STE change a gradient.
-        For each variant the norm of the gradient to x, the largest of the batches.
+    layer: from 1. zeros: the share of I_div that is exactly 0. unbalanced: the share of these with I_EE other than
+    I_sub; only there can STE change a gradient. Name of a variant: the batches' largest norm of the gradient to x.
     """
     divided, seen = circuits(model)[:-1], {}
-    rows = [dict(layer=i, zeros=0, unbalanced=0) | dict.fromkeys(VARIANTS, 0.0) for i, _ in enumerate(divided, 1)]
-    sizes = [0] * len(rows)
+    rows = [dict(layer=i, zeros=0.0, unbalanced=0.0) for i, _ in enumerate(divided, 1)]
 
     def record(circuit, args, i_int):
         seen[circuit] = args[0].detach(), i_int
-        i_int.retain_grad()
 
     for images, labels in batches:
         with hooked(model, [circuit.register_forward_hook(record) for circuit in divided]):
-            F.cross_entropy(model(images), labels).backward()
-        model.zero_grad()
-        for i, (circuit, row) in enumerate(zip(divided, rows, strict=True)):
-            x, i_int = seen.pop(circuit)
-            with torch.no_grad():
-                found = circuit.currents(x)
+            loss = F.cross_entropy(model(images), labels)
+        incoming = torch.autograd.grad(loss, [seen[circuit][1] for circuit in divided])
+        for circuit, row, grad_int in zip(divided, rows, incoming, strict=True):
+            x = seen[circuit][0]
+            found = circuit.currents(x)
             zero = found["i_div"] == 0
-            # I_EE and I_sub sum many products in another order; a difference below 1e-5 of their size is rounding
-            size = found["i_ee"].abs().amax(tuple(range(1, zero.dim())), keepdim=True)
-            unbalanced = (found["i_ee"] - found["i_sub"]).abs() > 1e-5 * size
-            row["zeros"] += zero.sum().item()
-            row["unbalanced"] += (zero & unbalanced).sum().item()
-            sizes[i] += zero.numel()
+            rounding = 1e-5 * found["i_ee"].amax()
+            unbalanced = zero & ((found["i_ee"] - found["i_sub"]).abs() > rounding)
+            row["zeros"] += zero.sum().item() / zero.numel() / len(batches)
+            row["unbalanced"] += unbalanced.sum().item() / zero.numel() / len(batches)
             usual = circuit.eps, circuit.ste
-            for name, (circuit.eps, circuit.ste) in VARIANTS.items():
+            for name, (circuit.eps, circuit.ste) in variants.items():
                 leaf = x.clone().requires_grad_()
-                (grad,) = torch.autograd.grad(circuit.currents(leaf)["i_int"], leaf, i_int.grad)
-                row[name] = max(row[name], grad.norm().item())
+                (grad,) = torch.autograd.grad(circuit.currents(leaf)["i_int"], leaf, grad_int)
+                row[name] = max(row.get(name, 0.0), grad.norm().item())
             circuit.eps, circuit.ste = usual
-    for row, size in zip(rows, sizes, strict=True):
-        row["unbalanced"] /= max(1, row["zeros"])
-        row["zeros"] /= size
+    for row in rows:
+        row["unbalanced"] /= row["zeros"] or 1
     return rows
-
-
-# ---- costs -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def costs(model, x):
-    """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
-
-    firing_rate: spikes per neuron and time step; of the readout, None.
-    accumulates: synaptic operations per image: each presynaptic spike is added once at each of its targets, excitatory
-        and inhibitory (W_EE, W_IE). Spikes that are pooled first count as one where they are all there, else by their
-        average: firing rate times operations.
-    multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer and all of DANN's;
-        at each position and time step n_E n_I for I_sub, as many and n_I more for I_div, n_E for the division and n_E
-        for g_E; in BN-SNN, n_E for the normalization. An image that is the same at each step passes the first layer
-        once.
-    parameters_e, parameters_i: of excitatory neurons (W_EE, g_E, b_E; all where there are no others) and of inhibitory
-        neurons (W_IE, W_EI, g_I).
-    neurons_e, neurons_i: of each population. The state is a membrane potential for each of the first, but not in the
-        readout and in DANN; the second, at their steady state, keep none.
-    """
-    rows = []
-
-    def count(module, args, out, name):
-        ei, conv = isinstance(module, EICircuit), module[0] if isinstance(module, nn.Sequential) else module
-        weight = conv.w_ee if ei else conv.weight
-        n_e, n_i = len(weight), inhibitory(conv)
-        spiking = bool(rows) and not isinstance(module, DANN)
-        images = len(args[0]) if not rows and x.dim() == 4 else len(x)  # a still image counts once in the first layer
-        active = args[0] if spiking else torch.ones_like(args[0])
-        if weight.dim() == 4:  # how much activity reaches each position
-            active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
-        synaptic = active.flatten(1).sum(1).cpu().double().sum().item() * (n_e + n_i) / images
-        local = n_e if isinstance(module, nn.Sequential) else 0
-        if ei:
-            local = n_e * n_i if conv.readout else 2 * n_e * n_i + n_i + 2 * n_e
-        sizes = {k: p.numel() for k, p in module.named_parameters()}
-        excitatory = sum(n for k, n in sizes.items() if k in ("w_ee", "g_e", "b_e") or not ei)
-        row = dict(layer=name, firing_rate=None, accumulates=synaptic if spiking else 0.0)
-        row["multiplies"] = (0 if spiking else synaptic) + local * out.numel() / n_e / images
-        row |= dict(parameters_e=excitatory, parameters_i=sum(sizes.values()) - excitatory)
-        row |= dict(neurons_e=out[0].numel(), neurons_i=n_i * out[0].numel() // n_e)
-        rows.append(row)
-
-    def fire(layer, args, spikes):
-        rows[-1]["firing_rate"] = spikes.mean().item()
-
-    hooks = [model.readout.register_forward_hook(partial(count, name="readout"))]
-    for i, layer in enumerate(layers(model), 1):
-        hooks += [layer.circuit.register_forward_hook(partial(count, name=str(i))), layer.register_forward_hook(fire)]
-    with hooked(model, hooks):
-        model(x)
-    return rows
-
-
-def cost_table(model, x):
-    """`costs` of a network on x and their sum, as lines of text: operations in thousands per image."""
-    rows = costs(model, x)
-    lines = [f"what {len(x)} of the test images cost, operations for each:"]
-    lines += [f"{'layer':8}{'rate':>7}{'accumulates':>14}{'multiplies':>13}{'parameters E':>15}{'I':>11}"]
-    lines[1] += f"{'neurons E':>12}{'I':>9}"
-    total = {k: sum(row[k] for row in rows) for k in rows[0] if k not in ("layer", "firing_rate")}
-    spikes = sum(row["firing_rate"] * row["neurons_e"] for row in rows[:-1])
-    rate = spikes / sum(row["neurons_e"] for row in rows[:-1])
-    for row in [*rows, dict(layer="all", firing_rate=rate) | total]:
-        rate = "" if row["firing_rate"] is None else f"{row['firing_rate']:.4f}"
-        operations = f"{row['accumulates'] / 1e3:>13,.0f}k{row['multiplies'] / 1e3:>12,.0f}k"
-        sizes = f"{row['parameters_e']:>15,}{row['parameters_i']:>11,}{row['neurons_e']:>12,}{row['neurons_i']:>9,}"
-        lines.append(f"{row['layer']:8}{rate:>7}{operations}{sizes}")
-    return lines
-
-
-def first_nonfinite(model, x, y=None):
-    """The name of the first layer, in forward order, whose parameters or values on x are not finite.
-
-    With labels y, where all these are finite, the parameter with the first gradient that is not: of the last layer that
-    has one, for gradients run backwards. "loss" if there is none either.
-    """
-    found = []
-
-    def check(module, _, out, name):
-        if not all(t.isfinite().all() for t in (out, *module.parameters(recurse=False))):
-            found.append(name)
-
-    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children())}
-    with hooked(model, [m.register_forward_hook(partial(check, name=n)) for n, m in leaves.items()], training=True):
-        logits = model(x)
-        if not found and y is not None and (loss := F.cross_entropy(logits, y)).isfinite():
-            parameters = dict(model.named_parameters())
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            pairs = zip(parameters, gradients, strict=True)
-            found = [f"{name} (its gradient)" for name, g in pairs if g is not None and not g.isfinite().all()][::-1]
-    return found[0] if found else "loss"

@@ -1,8 +1,5 @@
-"""How figures look and how they are saved. A reader of the paper may skip this file.
-
-A figure is a `matplotlib.figure.Figure` of its own, without pyplot. So nothing here changes the plots of a notebook
-that imports `visualize.py`.
-"""
+"""How figures look and how they are saved. A figure is a `matplotlib.figure.Figure` of its own, without pyplot, so that
+nothing here changes the plots of a notebook that imports `visualize.py`."""
 
 import csv
 import itertools
@@ -12,7 +9,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
 from support.measure import BINS
@@ -36,9 +33,9 @@ STYLE = {  # settings of matplotlib while a figure is drawn
     "figure.constrained_layout.use": True,
 }
 PAGE = 6.8  # inches, the width of a page
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+EDGES = np.linspace(BINS["low"], BINS["high"], BINS["n"] + 1)  # of the bins of I_int and u
+CENTRES = np.linspace(BINS["low"], BINS["high"], 2 * BINS["n"] + 1)[1::2]
+QUANTITIES = dict(i_int="$I_{int}$", u="$u$")
 
 
 def write_csv(path, rows):
@@ -50,8 +47,14 @@ def write_csv(path, rows):
             writer.writerows(rows)
 
 
-def save(figure, name, rows, out):
-    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv."""
+def save(figure, name, rows, out, legend=None, place="upper"):
+    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv.
+
+    legend: an axis whose legend stands in one line, outside of all axes.
+    """
+    if legend:
+        handles, labels = legend.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=f"outside {place} center", ncols=len(labels))
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / f"{name}.png", dpi=200)
     figure.savefig(out / f"{name}.pdf", metadata=dict(CreationDate=None))  # no date: the same picture is the same file
@@ -68,13 +71,16 @@ def long_rows(name, values, **axes):
     return [{**dict(zip(axes, place, strict=True)), name: v} for place, v in zip(places, elements, strict=True)]
 
 
-# ---- axes ------------------------------------------------------------------------------------------------------------
-
-
 def panels(height, rows=1, columns=1, width=PAGE, **options):
     """A figure and its axes, (rows, columns). Sizes are in inches."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def symbol(name):
+    """A parameter's name as in the equations: w_ie -> W_IE."""
+    kind, _, of = name.partition("_")
+    return f"${kind.upper() if kind == 'w' else kind}_{{{of.upper()}}}$" if len(kind) == 1 and of.isalpha() else name
 
 
 def by_layer(axis, n):
@@ -84,33 +90,12 @@ def by_layer(axis, n):
 
 def by_epoch(axis):
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def by_decades(axis):
-    """A logarithmic y axis over whole decades, so that at least two of them have a label."""
-    axis.set_yscale("log")
-    low, high = np.log10(axis.get_ylim())
-    axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def legend_outside(figure, axis, place="upper center"):
-    """The legend of one axis in one line, outside of all axes."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=f"outside {place}", ncols=len(labels))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def shown_layers(n):
     """Which of n layers, from 0, a figure has room for: at most five, the first and the last among them."""
     return sorted({round(i) for i in np.linspace(0, n - 1, min(n, 5))})
-
-
-# ---- distributions of I_int and u ------------------------------------------------------------------------------------
-
-EDGES = np.linspace(BINS["low"], BINS["high"], BINS["n"] + 1)
-CENTRES = np.linspace(BINS["low"], BINS["high"], 2 * BINS["n"] + 1)[1::2]
-QUANTITIES = dict(i_int="$I_{int}$", u="$u$")
 
 
 def density(counts):
@@ -121,13 +106,11 @@ def density(counts):
 def distribution_axes(figure, shown, threshold):
     """Axes for densities of I_int (above) and u (below) in the layers `shown`: (2, layers). Dashed: the threshold."""
     axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
-    for name, of_row in zip(QUANTITIES.values(), axes, strict=True):
+    for of_row, name, title in zip(axes, QUANTITIES.values(), ("layer {}", ""), strict=True):
         of_row[0].set_ylabel("density")
-        for axis in of_row:
+        for axis, i in zip(of_row, shown, strict=True):
             axis.axvline(threshold, color=GREY, ls="--", lw=0.8)
-            axis.set(yscale="log", ylim=(1e-3, 10), xlabel=name)
-    for i, axis in zip(shown, axes[0], strict=True):
-        axis.set_title(f"layer {i + 1}")
+            axis.set(yscale="log", ylim=(1e-3, 10), xlabel=name, title=title.format(i + 1))
     return axes
 
 
@@ -137,14 +120,14 @@ def by_epoch_maps(densities, threshold):
     figure, axes = panels(3.2, 2, len(shown), sharey=True, sharex=True)
     looks = dict(origin="lower", aspect="auto", cmap="Greys", vmin=-3, vmax=0.5, interpolation="nearest")
     looks["extent"] = (-0.5, len(densities) - 0.5, BINS["low"], BINS["high"])
-    for row, name in enumerate(QUANTITIES.values()):
+    for row, (name, title) in enumerate(zip(QUANTITIES.values(), ("layer {}", ""), strict=True)):
         axes[row, 0].set_ylabel(name)
-        for i, axis in zip(shown, axes[row], strict=True):
+        for axis, i in zip(axes[row], shown, strict=True):
             axis.imshow(np.log10(densities[:, i, row].T + 1e-3), **looks)
             axis.axhline(threshold, color="black", ls="--", lw=0.8)
-    for i, top, bottom in zip(shown, *axes, strict=True):
-        top.set_title(f"layer {i + 1}")
-        by_epoch(bottom)
+            axis.set_title(title.format(i + 1))
+    for axis in axes[1]:
+        by_epoch(axis)
     return figure
 
 
@@ -154,21 +137,16 @@ def save_gif(densities, threshold, path):
     figure = Figure(figsize=(PAGE, 3))
     FigureCanvasAgg(figure)  # what draws the frames
     axes = distribution_axes(figure, shown, threshold)
-    title, lines = figure.suptitle("epoch 0"), {}
-    for row, column in np.ndindex(axes.shape):
-        place = shown[column], row
-        (lines[place],) = axes[row, column].plot(CENTRES, densities[(0, *place)], color="black")
+    title = figure.suptitle("epoch 0")
+    lines = {place: axis.plot(CENTRES, CENTRES, color="black")[0] for place, axis in np.ndenumerate(axes)}
 
     def draw(epoch):
         title.set_text(f"epoch {epoch}")
-        for place, line in lines.items():
-            line.set_ydata(densities[(epoch, *place)])
+        for (row, column), line in lines.items():
+            line.set_ydata(densities[epoch, shown[column], row])
 
     epochs = sorted({*range(0, n, max(1, n // 60)), n - 1})
     FuncAnimation(figure, draw, epochs).save(path, PillowWriter(fps=max(2, len(epochs) // 15)), dpi=100)
-
-
-# ---- points in the plane ---------------------------------------------------------------------------------------------
 
 
 def plane(axis, rates, y, n_classes, title):
@@ -186,35 +164,25 @@ def plane(axis, rates, y, n_classes, title):
     return projected
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 def table(name, first, runs, out):
     """Outcome, best epoch and best accuracy of each run, as text, as Markdown and as a picture with the loss curves.
 
-    Args:
-        name: of the files.
-        first: heading of the first column.
-        runs: label -> `history.Trained`.
+    name: of the files. first: heading of the first column. runs: label -> outcome, in words, and `history.metrics`.
     """
-    cells, rows = [[first, "outcome", "best epoch", "best accuracy"]], []
+    cells, rows = [[first, "outcome", "best epoch", "best on the test set"]], []
     figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))
     top, bottom = axes[:, 0]
-    for (label, run), style in zip(runs.items(), STYLES, strict=False):
-        outcome, epoch, best = run.result()
-        metrics = run.metrics()
-        cells.append([label, outcome, str(epoch or "-"), "-" if best is None else f"{best:.2%}"])
-        for m in metrics:
-            row = dict(run=label, outcome=outcome, epoch=m["epoch"], train_loss=m["train_loss"])
-            rows.append({**row, "test_accuracy": m["test_accuracy"], "best_test_accuracy": best})
-        bottom.plot([m["epoch"] for m in metrics], [m["train_loss"] for m in metrics], label=label, **style)
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    lines = []
-    for row in escaped:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("| " + " | ".join(padded) + " |")
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    for (label, (outcome, epochs)), style in zip(runs.items(), STYLES, strict=False):
+        best = max(epochs, key=lambda row: row["test_accuracy"], default=None)
+        accuracy = best["test_accuracy"] if best else None
+        cells.append([label, outcome, str(best["epoch"]), f"{accuracy:.2%}"] if best else [label, outcome, "-", "-"])
+        for row in epochs:
+            kept = {key: row[key] for key in ("epoch", "train_loss", "test_accuracy")}
+            rows.append(dict(run=label, outcome=outcome, **kept, best_test_accuracy=accuracy))
+        bottom.plot([row["epoch"] for row in epochs], [row["train_loss"] for row in epochs], label=label, **style)
+    form = "| {:24} | {:20} | {:10} | {:20} |"
+    lines = [form.format(label.replace("|", "\\|"), *others) for label, *others in cells]
+    lines.insert(1, form.format("---", "---", "---", "---"))
     print("\n".join(lines))
     top.axis("off")
     drawn = top.table(cells[1:], colLabels=cells[0], bbox=(0, 0, 1, 1), cellLoc="center", edges="horizontal")

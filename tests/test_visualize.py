@@ -5,399 +5,313 @@ import json
 import shutil
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
+from test_measure import use_som
 
-import model
+import ei_prop
 import reproduce
 import train
 import visualize
 from ei_init import initialize
-from model import circuits
-from support import data
-from support.history import Trained
-from support.measure import VARIANTS, histograms
-from support.runs import CHECKPOINT, PREVIOUS, Run, _sealed, load_data_and_model, prepare
+from model import build, circuits
+from support import data, history, measure, plots
+from support.runs import CHECKPOINT, PREVIOUS, Run, load_data_and_model, packed, prepare, restore
 
-NARROW = [8, "P", 8, "P", 16, "P", 16, "P", 16, "P"]
+TINY = ["--plan", "8 P 8 P", "--T", "2", "--epochs", "1", "--batch-size", "32"]
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """A folder with all runs that the figures need, of a narrow network on a few digits. Figures go there too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for networks as small as this one, more of them only wait for each other
+    """A folder of all runs that the figures need, of a small network on a few digits. Figures go there too."""
+    digits = data.load("digits")
+    few = data.Dataset(digits.train_x[:64], digits.train_y[:64], digits.test_x[:40], digits.test_y[:40], 10)
+    folder = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PLANS, "vgg8", NARROW)
-        patch.setitem(model.PLANS, "vgg19", NARROW)
-        whole = data.load("digits")
-        few = data.Dataset(
-            whole.train_x[:64], whole.train_y[:64], whole.test_x[:40], whole.test_y[:40], 10, augment=None
-        )
         patch.setattr(data, "load", lambda *_, **__: few)
-        folder = tmp_path_factory.mktemp("suite")
-        arguments = ["--epochs", "2", "--T", "2", "--lr", "0.01", "--no-figures", "--out", str(folder / "runs")]
-        assert reproduce.main(arguments) == 0
+        assert reproduce.main([*TINY, "--no-figures", "--out", str(folder)]) == 0
         yield folder
-    torch.set_num_threads(threads)
 
 
-def draw(name, suite):
-    """The rows of the CSV of a figure."""
-    assert visualize.main([name, str(suite / "runs"), "--out", str(suite / "figures")]) == 0
-    for suffix in ("png", "pdf"):
-        assert (suite / "figures" / f"{name}.{suffix}").stat().st_size > 5000
-    picture = np.asarray(Image.open(suite / "figures" / f"{name}.png").convert("L"), dtype=float)
-    assert picture.shape[1] >= 900 and picture.std() > 10 and (picture < 100).mean() > 0.002
-    return numbers(suite / "figures" / f"{name}.csv")
+def run_of(suite, kind="ei", what=""):
+    return suite / f"digits-vgg8-{kind}-plan8-P-8-P{what}-seed0"
 
 
-def run_of(suite, name):
-    return Trained(suite / "runs" / f"digits-vgg8-{name}-seed0")
-
-
-def networks_of(suite, name):
-    return visualize.networks_of(run_of(suite, name))[1]
+def trained(suite):
+    """The data and the trained network of the run that the figures are drawn from."""
+    run = Run(run_of(suite))
+    dataset, net = load_data_and_model(run.config, torch.device("cpu"))
+    restore(net, run.load()["model"], run.folder)
+    return dataset, net.eval()
 
 
 def numbers(path):
-    """The rows of a CSV file."""
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_init(suite):
-    rows = draw("init", suite)
-    assert {row["init"] for row in rows} == {"E-I Init", "without its gain", "|Kaiming|"}
-    assert len(rows) == 2 * 3 * 5
+def rows_of(name, folder, *options):
+    """The rows of the CSV of a figure."""
+    assert visualize.main([name, str(folder), "--out", str(folder / "figures"), *options]) == 0
+    return numbers(folder / "figures" / f"{name}.csv")
+
+
+def draw(name, folder, *options):
+    """The same, and the picture is looked at."""
+    rows = rows_of(name, folder, *options)
+    assert (folder / "figures" / f"{name}.pdf").stat().st_size > 5000
+    picture = np.asarray(Image.open(folder / "figures" / f"{name}.png").convert("L"), dtype=float)
+    assert picture.shape[1] >= 900 and picture.std() > 10 and (picture < 100).mean() > 0.002
+    return rows
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Numbers only: pictures take most of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(plots, "save_gif", lambda *_: None)
+
+
+def found_in(rows, name, **places):
+    """The numbers in a column of a CSV file, of the rows with these values in other columns."""
+    return [float(row[name]) for row in rows if all(row[key] == value for key, value in places.items())]
+
+
+def fails(capsys, *arguments):
+    assert visualize.main([str(a) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def test_init_needs_no_run(suite, tmp_path):
+    rows = draw("init", tmp_path, "--width", "0.1", "--T", "2", "--ei-ratio", "2")
+    assert len(rows) == (5 + 16) * 3 and {row["init"] for row in rows} == {"E-I Init", "without its gain", "|Kaiming|"}
     torch.manual_seed(0)  # the same draw as the figure's
     batch = data.to_input(data.load("digits").train_x[torch.randperm(64)[:32]])
     torch.manual_seed(0)
-    net = model.build("vgg8", in_channels=1, T=2)
+    net = build("vgg8", in_channels=1, T=2, width=0.1, ei_ratio=2)
     initialize(net, batch)
-    i_int = net.encoder.stages[0].circuit(batch)
-    row = next(row for row in rows if (row["arch"], row["init"], row["layer"]) == ("vgg8", "E-I Init", "1"))
-    assert float(row["mean"]) == pytest.approx(i_int.mean().item(), abs=1e-4)
-    assert float(row["std"]) == pytest.approx(i_int.std().item(), rel=1e-3)
-    spikes = net.encoder.stages[0](batch.expand(2, *batch.shape))
-    assert float(row["firing_rate"]) == pytest.approx(spikes.mean().item(), rel=1e-4)
+    i_int, spikes = net.encoder.stages[0].circuit(batch), net.encoder.stages[0](batch.expand(2, *batch.shape))
+    (row,) = (row for row in rows if (row["arch"], row["init"], row["layer"]) == ("vgg8", "E-I Init", "1"))
+    found = [float(row[name]) for name in ("mean", "std", "firing_rate")]
+    assert found == pytest.approx([i_int.mean().item(), i_int.std().item(), spikes.mean().item()], rel=1e-3, abs=1e-4)
 
 
 def test_curves(suite):
     rows = draw("curves", suite)
-    assert [row["model"] for row in rows] == ["ei"] * 2 + ["bn"] * 2 + ["plain"] * 2 + ["dann"] * 2
-    metrics = numbers(run_of(suite, "bn").folder / "metrics.csv")
-    assert [float(r["train_loss"]) for r in rows[2:4]] == [float(m["train_loss"]) for m in metrics]
+    assert [row["kind"] for row in rows] == ["ei", "bn", "plain", "dann"]
+    (metrics,) = numbers(run_of(suite, "bn") / "metrics.csv")
+    assert all(rows[1][name] == metrics[name] for name in ("epoch", "train_loss", "test_loss", "test_accuracy"))
 
 
-@pytest.mark.parametrize("name, labels", [
-    ("epsilon", ["1e-8", "1e-7", "1e-6", "1e-5", "1e-4", "adaptive"]),
-    ("ablation", ["all of it", "no STE", "no gradient scaling", "|Kaiming| for E-I Init"]),
+@pytest.mark.parametrize("name, labels, what", [
+    ("epsilon", ["1e-8", "1e-7", "1e-6", "1e-5", "1e-4", "adaptive"], "-eps1e-08"),
+    ("ablation", ["no STE", "all of it", "no gradient scaling", "|Kaiming| for E-I Init"], "-noste"),
 ])  # fmt: skip
-def test_tables(name, labels, suite, capsys):
-    rows = draw(name, suite)
-    assert list(dict.fromkeys(row["run"] for row in rows)) == labels
+def test_tables(name, labels, what, suite, capsys):
+    assert {row["run"] for row in draw(name, suite)} == set(labels)
     markdown = (suite / "figures" / f"{name}.md").read_text(encoding="utf-8")
-    assert markdown in capsys.readouterr().out and markdown.count("\n") == len(labels) + 2
-    run = run_of(suite, "ei-eps1e-08" if name == "epsilon" else "ei-noste")
-    result = json.loads((run.folder / "result.json").read_text())
-    line = next(line for line in markdown.splitlines() if labels[0 if name == "epsilon" else 1] in line)
-    assert result["outcome"] in line and f"{result['best_test_accuracy']:.2%}" in line
+    assert markdown in capsys.readouterr().out and "best on the test set" in markdown
+    result = json.loads((run_of(suite, what=what) / "result.json").read_text(encoding="utf-8"))
+    cells = [cell.strip() for cell in next(line for line in markdown.splitlines() if labels[0] in line).split("|")]
+    assert cells[1:-1] == [labels[0], result["outcome"], "1", f"{result['best_test_accuracy']:.2%}"]
 
 
 def test_representation(suite):
     rows = draw("representation", suite)
-    x = data.to_input(data.load("digits").test_x)
-    net = networks_of(suite, "ei")["after training"]
-    values = net.encoder.stages[0].circuit(x)
-    of = [r for r in rows if (r["when"], r["layer"], r["quantity"]) == ("after training", "1", "i_int")]
-    expected = np.histogram(values.detach().clamp(-6, 6).numpy(), 120, (-6, 6), density=True)[0]
-    assert [float(r["density"]) for r in of] == pytest.approx(list(expected), abs=1e-3)
+    dataset, net = trained(suite)
+    x = data.to_input(dataset.test_x)
+    values = net.encoder.stages[0].circuit(x).detach().clamp(-6, 6).numpy()
+    expected = np.histogram(values, 120, (-6, 6), density=True)[0]
+    found = found_in(rows, "density", when="after training", layer="1", quantity="i_int")
+    assert found == pytest.approx(list(expected), abs=1e-3)
     points = numbers(suite / "figures" / "representation-pca.csv")
-    spikes = net.encoder.stages[:-1](x.expand(2, *x.shape))  # without the last pooling
-    rates = spikes.mean(0).flatten(1).detach().double()
-    centred = rates - rates.mean(0)
-    expected = (torch.linalg.svd(centred, full_matrices=False).S[:2] ** 2).tolist()
-    found = np.array([[float(p["pc1"]), float(p["pc2"])] for p in points if p["when"] == "after training"])
-    assert (found**2).sum(0) == pytest.approx(expected, rel=1e-3)
-    assert [int(p["label"]) for p in points[:40]] == data.load("digits").test_y.tolist()
+    rates = net.encoder.stages[:-1](x.expand(2, *x.shape)).mean(0).flatten(1).detach()  # of the last layer
+    expected = (torch.linalg.svd(rates - rates.mean(0), full_matrices=False).S[0] ** 2).item()
+    assert sum(pc**2 for pc in found_in(points, "pc1", when="after training")) == pytest.approx(expected, rel=1e-3)
+    assert [int(p["label"]) for p in points[:40]] == dataset.test_y.tolist()
+    assert len(rows_of("representation", run_of(suite, "plain"))) == len(rows)  # it needs no circuits
 
 
 def test_evolution(suite):
     rows = draw("evolution", suite)
     with Image.open(suite / "figures" / "evolution.gif") as gif:
-        assert gif.n_frames == 3  # before, and after each of two epochs
-    assert len(rows) == 3 * 5 * 2 * 120
-    run = run_of(suite, "ei")
-    last = [float(r["density"]) for r in rows if (r["epoch"], r["layer"], r["quantity"]) == ("2", "5", "u")]
-    _, after = load_data_and_model(run.config, torch.device("cpu"))
-    after.load_state_dict(run.run.load()["model"])
-    counts = np.array(histograms(after, data.to_input(data.load("digits").test_x))[4]["u"])
-    assert last == pytest.approx(list(counts / counts.sum() / 0.1))
+        assert gif.n_frames == 2  # before and after the epoch
+    dataset, net = trained(suite)
+    counts = np.array(measure.histograms(net, data.to_input(dataset.test_x))[1]["u"])
+    found = found_in(rows, "density", epoch="1", layer="2", quantity="u")
+    assert found == pytest.approx(list(counts / counts.sum() / 0.1)) and len(rows) == 2 * 2 * 2 * 120
 
 
 def test_balance(suite):
     rows = draw("balance", suite)
-    assert len(rows) == 2 * 3 * 24 * 14
-    row = next(r for r in rows if r["when"] == "after training" and r["step"] == "1")
-    net = networks_of(suite, "ei")["after training"]
-    x = data.to_input(data.load("digits").test_x[3 * int(row["image"])])[None]  # 14 of 40 are looked at
-    circuit = circuits(net)[2]
-    seen = []
-    circuit.register_forward_pre_hook(lambda c, a: seen.append(a[0][:1]))
-    net(x)
-    i_ee = torch.nn.functional.conv2d(seen[0], circuit.w_ee, padding=1)[0, int(row["neuron"]), 4, 4]
-    assert float(row["i_ee"]) == pytest.approx(i_ee.item(), rel=1e-4)
-    for r in rows:
-        assert int(r["spike"]) == (float(r["u"]) >= 1)
+    assert len(rows) == 2 * 3 * 24 * 14 and all(int(row["spike"]) == (float(row["u"]) >= 1) for row in rows)
+    row = next(row for row in rows if row["when"] == "after training" and row["step"] == "1")
+    dataset, net = trained(suite)
+    image = data.to_input(dataset.test_x[3 * int(row["image"])])[None]  # 14 of 40 are looked at
+    found = measure.currents_of(net, image, 1)["i_ee"][0, 0, int(row["neuron"]), 8, 8]
+    assert float(row["i_ee"]) == pytest.approx(found.item(), rel=1e-4)
+    dense = torch.rand(4, 2, 7)
+    assert visualize.middle(dense) is dense
 
 
 def test_gain_is_flat_with_division_and_rises_without(suite):
     rows = draw("gain", suite)
-
-    def response(condition, layer):
-        return [float(r["firing_rate"]) for r in rows if r["condition"] == condition and r["layer"] == str(layer)]
-
-    assert len(rows) == 2 * 11 * 5
-    x = data.to_input(data.load("digits").test_x)
-    rate = networks_of(suite, "ei")["after training"].encoder.stages[0](x.expand(2, *x.shape)).mean().item()
-    assert response("divisive inhibition", 1)[-1] == pytest.approx(rate, rel=1e-3)
+    dataset, net = trained(suite)
+    x = data.to_input(dataset.test_x)
+    rate = net.encoder.stages[0](x.expand(2, *x.shape)).mean().item()
     # both currents are linear in the image, hence their quotient is the same at any contrast
-    assert response("divisive inhibition", 1) == pytest.approx([rate] * 11, rel=0.02)
-    without = response("its mean instead", 1)
-    assert without[-1] > 2 * without[0]
+    divided = found_in(rows, "firing_rate", condition="divisive inhibition", layer="1")
+    assert divided == pytest.approx([rate] * 11, rel=0.02)
+    without = found_in(rows, "firing_rate", condition="its mean instead", layer="1")
+    assert len(without) == 11 and without[-1] > 2 * without[0]
 
 
 def test_gradients(suite, capsys):
     rows = draw("gradients", suite)
-    assert len(rows) == 5 * (3 * 6 + 3 * 5)  # the readout has no g_I, g_E, b_E
-    config = run_of(suite, "ei").config
+    assert len(rows) == 5 * (3 * 3 + 3 * 2)  # the readout has no g_I, g_E, b_E
+    config = Run(run_of(suite)).config
     dataset, net = load_data_and_model(config, torch.device("cpu"))
     prepare(config, dataset, net)
-    x, y = data.training_batch(config, dataset, data.epoch_order(config, dataset, 0)[0], 0)
-    torch.nn.functional.cross_entropy(net(x), y).backward()
-    row = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("E-I Prop", "w_ei", "3"))
-    assert float(row["gradient_norm"]) == pytest.approx(circuits(net)[2].w_ei.grad.norm().item(), rel=1e-4)
-    alone = run_of(suite, "ei-kaiming").folder
-    assert visualize.main(["gradients", str(alone), "--out", str(suite / "alone")]) == 0
-    # the paper's method, whatever the run that it is drawn for
-    assert numbers(suite / "alone" / "gradients.csv") == rows
-    alone = ["gradients", str(run_of(suite, "dann").folder), "--out", str(suite / "alone")]
-    assert visualize.main(alone) == 0 and "T=4" in capsys.readouterr().out  # not the one of DANN
-    unscaled = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("no scaling", "w_ei", "6"))
-    scaled = next(r for r in rows if (r["variant"], r["parameter"], r["layer"]) == ("E-I Prop", "w_ei", "6"))
-    assert float(unscaled["gradient_norm"]) == pytest.approx(16 * float(scaled["gradient_norm"]), rel=1e-3)
+    x, y = data.first_batch(config, dataset)
+    F.cross_entropy(net(x), y).backward()
+    norms = {
+        name: found_in(rows, "gradient_norm", variant=name, parameter="w_ei") for name in ("E-I Prop", "no scaling")
+    }
+    assert norms["E-I Prop"] == pytest.approx([c.w_ei.grad.norm().item() for c in circuits(net)], rel=1e-4)
+    scaled = [norm / c.fan_in for norm, c in zip(norms["no scaling"], circuits(net), strict=True)]
+    assert norms["E-I Prop"] == pytest.approx(scaled, rel=1e-3)
+    assert "is of kind dann" in fails(capsys, "gradients", run_of(suite, "dann"))
 
 
-def test_stabilizer(suite, tmp_path):
+def test_stabilizer(suite, capsys):
     rows = draw("stabilizer", suite)
-    assert len(rows) == 2 * 5 * len(VARIANTS)
-    dataset, networks = visualize.networks_of(run_of(suite, "ei"), fast=False, end=True)
-    config = run_of(suite, "ei").config
+    dataset, net = trained(suite)
+    config = Run(run_of(suite)).config
     order = data.epoch_order(config, dataset, 0)
-    assert len(order) == 2
-    (x, y), (other, _) = (data.training_batch(config, dataset, order[i], i) for i in range(2))
-    for when, net in networks.items():
-        of = [row for row in rows if row["when"] == when]
-        zeros = np.mean([(circuits(net)[0].currents(z)["i_div"] == 0).float().mean().item() for z in (x, other)])
-        (found,) = {float(row["zeros"]) for row in of if row["layer"] == "1"}
-        assert found == pytest.approx(zeros)
-        assert zeros > 0.05 and all(0 <= float(row["unbalanced"]) <= 1 for row in of)
-        norms = {(row["layer"], row["variant"]): float(row["gradient_norm"]) for row in of}
-        assert norms["1", "\u03b5=1e-8"] > 100 * norms["1", "adaptive"] > 0
-        assert norms["1", "\u03b5=1e-6"] == pytest.approx(norms["1", "\u03b5=1e-8"] / 100, rel=0.1)
-    net, norms, seen = networks["at initialisation"], [], []
-    circuits(net)[1].register_forward_hook(lambda circuit, args, i_int: seen.extend((args[0].detach(), i_int)))
-    for step in range(2):
-        x, y = data.training_batch(config, dataset, order[step], step)
-        seen.clear()
-        loss = torch.nn.functional.cross_entropy(net(x), y)
-        (grad_int,) = torch.autograd.grad(loss, seen[1])
-        leaf = seen[0].requires_grad_()
-        (grad,) = torch.autograd.grad(circuits(net)[1].currents(leaf)["i_int"], leaf, grad_int)
-        norms.append(grad.norm().item())
-    row = next(r for r in rows if (r["when"], r["layer"], r["variant"]) == ("at initialisation", "2", "adaptive"))
-    assert float(row["gradient_norm"]) == pytest.approx(max(norms), rel=1e-4)
+    batches = [data.training_batch(config, dataset, chosen, i) for i, chosen in enumerate(order)]
+    expected = measure.stabilization(net, batches, {"adaptive": ("adaptive", True)})[1]
+    for name, value in dict(zeros=expected["zeros"], gradient_norm=expected["adaptive"]).items():
+        found = found_in(rows, name, when="after training", layer="2", variant="adaptive")
+        assert found == pytest.approx([value], rel=1e-4) and value > 0
+    small = found_in(rows, "gradient_norm", when="at initialisation", layer="1", variant="\u03b5=1e-8")
+    assert small[0] > 100 * found_in(rows, "gradient_norm", when="at initialisation", layer="1", variant="adaptive")[0]
+    assert "is of kind bn" in fails(capsys, "stabilizer", run_of(suite, "bn"))
 
-    # a training that collapses after its best epoch is shown as it ended
-    run = shutil.copytree(run_of(suite, "ei").folder, tmp_path / "run")
+
+def test_a_training_that_collapses_after_its_best_epoch_is_shown_as_it_ended(suite, tmp_path, no_pictures):
+    run = shutil.copytree(run_of(suite), tmp_path / "run")
     state = Run(run).load()
     state["model"] = {k: torch.zeros_like(p) if k.endswith("w_ei") else p for k, p in state["model"].items()}
-    (run / CHECKPOINT).write_bytes(_sealed(state))
-    shares = []
-    for _ in range(2):
-        assert visualize.main(["stabilizer", str(run), "--out", str(tmp_path)]) == 0
-        ended = [row for row in numbers(tmp_path / "stabilizer.csv") if row["when"] == "after training"]
-        shares.append({float(row["zeros"]) for row in ended if row["layer"] == "2"}.pop())
-        (run / CHECKPOINT).unlink(missing_ok=True)
-        (run / PREVIOUS).unlink(missing_ok=True)  # then the parameters of the best epoch are all that there is
-    assert shares[0] == 1 > shares[1]
-
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", run_of(suite, "bn").folder):  # without a run; a run without circuits
-        assert visualize.main(["stabilizer", str(folder), "--out", str(tmp_path)]) == 0
-        assert {row["when"] for row in numbers(tmp_path / "stabilizer.csv")} == {"at initialisation"}
-
-
-def test_circuit_needs_neither_data_nor_runs(suite, tmp_path, monkeypatch):
-    rows = draw("circuit", suite)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load", None)
-    assert visualize.main(["circuit"]) == 0
-    assert numbers(tmp_path / "figures" / "circuit.csv") == rows
-    symbols = {row["symbol"]: row for row in rows}
-    for symbol in "x W_EE W_IE W_EI g_I I_EE I_sub I_div g_E b_E I_int s".split():
-        assert symbols[symbol]["equation"] and symbols[symbol]["shape"]
-    circuit = circuits(model.build("vgg11"))[1]
-    sizes = dict(n_E=128, n_I=32, C=64, k=3)
-    for name, p in circuit.named_parameters():
-        place = name[:1].upper() + name[1:].upper() if name[0] == "w" else name[:2] + name[2:].upper()
-        shape = symbols[place]["shape"].strip("(),").split(", ")
-        assert [sizes[s] for s in shape] == list(p.shape)
-
-
-def test_the_importing_program_keeps_its_plots(tmp_path):
-    code = """
-        import sys, matplotlib
-        matplotlib.use("svg")
-        matplotlib.rcParams["font.size"] = 17
-        before = dict(matplotlib.rcParams)
-        import visualize
-        assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == "svg"
-        assert visualize.main(["circuit", "--out", sys.argv[1]]) == 0
-        assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == "svg"
-        assert "matplotlib.pyplot" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True, cwd=train.__file__[:-8])
-
-
-def test_dense_circuits_can_be_drawn():
-    assert visualize.middle(torch.rand(4, 2, 7)).shape == (4, 2, 7)
-    maps = torch.rand(4, 2, 7, 5, 5)
-    assert torch.equal(visualize.middle(maps), maps[..., 2, 2])
+    (run / CHECKPOINT).write_bytes(packed(state))
+    assert set(found_in(rows_of("stabilizer", run), "zeros", when="after training", layer="2")) == {1}
+    for name in (CHECKPOINT, PREVIOUS):  # then the parameters of the best epoch are all that there is
+        (run / name).unlink(missing_ok=True)
+    assert max(found_in(rows_of("stabilizer", run), "zeros", when="after training", layer="2")) < 1
 
 
 def test_weights(suite):
     rows = draw("weights", suite)
-    assert {row["parameter"] for row in rows} == {"w_ee", "w_ie", "w_ei", "g_i", "g_e"}
-    for row in rows:
-        assert float(row["smallest"]) >= 0  # on its own side of zero
-    zeros = [(c.w_ee == 0).flatten() for c in circuits(networks_of(suite, "ei")["after training"])]
-    row = next(r for r in rows if (r["when"], r["parameter"]) == ("after training", "w_ee"))
-    assert visualize.main(["weights", str(run_of(suite, "dann").folder), "--out", str(suite / "alone")]) == 0
-    assert "g_i" not in (suite / "alone" / "weights.csv").read_text()  # DANN has its logarithm
-    assert Trained(run_of(suite, "ei").folder, "elsewhere").config["data_root"] == "elsewhere"
-    assert float(row["zeros"]) == pytest.approx(torch.cat(zeros).float().mean().item(), abs=1e-6)
+    assert min(found_in(rows, "smallest")) >= 0  # on its own side of zero
+    zeros = [(c.w_ee == 0).flatten() for c in circuits(trained(suite)[1])]
+    found = found_in(rows, "zeros", when="after training", parameter="w_ee")
+    assert found[0] == pytest.approx(torch.cat(zeros).float().mean().item(), abs=1e-6)
+    assert {row["parameter"] for row in rows_of("weights", run_of(suite, "dann"))} == {"w_ee", "w_ie", "w_ei", "g_e"}
 
 
-def test_all_says_what_is_missing(suite, tmp_path, capsys):
-    alone = suite / "runs" / "digits-vgg8-ei-seed0"
-    assert visualize.main(["all", str(alone), "--out", str(tmp_path / "f")]) == 0
+@pytest.mark.parametrize("eps", ["3e-5", "twice"])
+def test_an_edited_circuit_is_drawn_with_its_own_cells_and_eps(eps, suite, tmp_path, no_pictures, monkeypatch):
+    use_som(monkeypatch)
+    monkeypatch.setitem(ei_prop.STABILIZERS, "twice", lambda i_div: 2 * ei_prop.smallest_positive(i_div))
+    assert train.main([*TINY, "--eps", eps, "--out", str(tmp_path)]) == 0
+    assert len({row["variant"] for row in rows_of("stabilizer", tmp_path)}) == 6
+    gradients = found_in(rows_of("gradients", tmp_path), "gradient_norm", variant=f"\u03b5={eps}", parameter="w_se")
+    assert len(gradients) == 3
+    signs = {row["parameter"]: int(row["sign"]) for row in rows_of("weights", tmp_path)}
+    assert signs == dict(w_ee=1, w_ie=1, w_ei=-1, g_i=-1, g_e=1, w_se=1, w_es=-1)
+
+
+def copy(run, folder, **config):
+    """A copy of a run without its networks, with some other settings."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.pt", "figures"))
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings | config), encoding="utf-8")
+    return folder
+
+
+def test_only_what_was_made_alike_stands_side_by_side(suite, tmp_path, capsys, no_pictures):
+    copy(run_of(suite), tmp_path / "ei")
+    copy(run_of(suite, "bn"), tmp_path / "bn", epochs=2, batch_size=16)
+    result = copy(run_of(suite, "plain"), tmp_path / "plain") / "result.json"
+    result.write_text(result.read_text(encoding="utf-8").replace("40 samples", "41 samples"), encoding="utf-8")
+    metrics = copy(run_of(suite, "dann"), tmp_path / "dann") / "metrics.csv"
+    assert [row["kind"] for row in rows_of("curves", tmp_path)] == ["ei", "dann"]  # DANN has no time, so another T
+    said = f" was made with other {{}} than {tmp_path / 'ei'}\n"
     out = capsys.readouterr().out
-    assert "curves: not drawn. no run with model=bn" in out and "init.png" in out and "python reproduce.py" in out
-    assert (tmp_path / "f" / "gain.png").exists() and not (tmp_path / "f" / "curves.png").exists()
+    assert f"{tmp_path / 'bn'}{said.format('epochs, batch_size')}" in out and f"plain{said.format('images')}" in out
+    for text in ("epoch,train_loss,test_loss,test_accuracy\n1,2.3,nan,0.1\n", "epoch\n1\n", "x" * 200_000, "text"):
+        metrics.write_text(text, encoding="utf-8")
+        assert [row["kind"] for row in rows_of("curves", tmp_path)] == ["ei"]
+        assert f"left out: {metrics} is damaged" in capsys.readouterr().out
+    for name in ("ei", "bn", "plain"):
+        shutil.copy(metrics, tmp_path / name)
+    assert "none of the runs can be drawn" in fails(capsys, "curves", tmp_path)
+    run, other = Run(run_of(suite)), Run(run_of(suite, what="-noste"))
+    other.config["lr"] = 1.0  # of the same kind of network, so it is no recipe of its own
+    assert history.differing(run, other) == ["lr"] and history.differing(run, Run(run_of(suite, "bn"))) == []
 
 
-def fails(capsys, *arguments):
-    try:
-        status = visualize.main([str(a) for a in arguments])
-    except SystemExit as exit:
-        status = exit.code
-    err = capsys.readouterr().err
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ")
-    return err
+def test_the_run_is_chosen_by_its_settings(suite, tmp_path, capsys, no_pictures):
+    for name, config in (("a", dict(seed=1)), ("b", {}), ("c", {}), ("d", dict(width=0.5, tau=3.0))):
+        copy(run_of(suite), tmp_path / name, **config)
+    copy(run_of(suite, "dann"), tmp_path / "e")
+    (tmp_path / "d" / "histograms.json").unlink()
+    rows_of("evolution", tmp_path)
+    assert f"of 4 such runs {tmp_path / 'b'} is drawn" in capsys.readouterr().out
+    rows_of("evolution", tmp_path, "--seed", "1")
+    assert "such runs" not in capsys.readouterr().out
+    assert f"{tmp_path / 'd'} has no histograms.json" in fails(capsys, "evolution", tmp_path, "--width", "0.5")
+    rows_of("evolution", tmp_path, "--tau", "3", "--kind", "dann")  # which has no tau
+    assert "has no run with kind=ei eps=adaptive ste=False" in fails(capsys, "ablation", tmp_path)
+
+
+def test_all_says_what_is_missing(suite, tmp_path, capsys, no_pictures, monkeypatch):
+    monkeypatch.setattr(visualize, "FIGURES", {name: visualize.FIGURES[name] for name in ("curves", "evolution")})
+    alone = copy(run_of(suite), tmp_path / "my runs" / "ei")
+    assert visualize.main(["all", str(alone)]) == 0
+    out = capsys.readouterr().out
+    assert f"curves: not drawn. {alone} has no run with kind=bn" in out
+    assert f"python reproduce.py --out '{tmp_path / 'my runs'}'" in out and f"evolution: {alone / 'figures'}" in out
 
 
 def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
-    assert f"has no such run in it: python reproduce.py --out {tmp_path}" in fails(capsys, "curves", tmp_path)
+    (tmp_path / "empty").mkdir()
+    for figure in ("curves", "stabilizer", "gradients", "representation"):
+        assert "empty has no run with kind=ei" in fails(capsys, figure, tmp_path / "empty")
     assert "there is no folder" in fails(capsys, "all", tmp_path / "nowhere")
     assert "invalid choice" in fails(capsys, "portrait")
-    folder = tmp_path / "r"
-    folder.mkdir()
-    (folder / "config.json").write_text("[]")
-    assert "config.json" in fails(capsys, "curves", folder, "--out", tmp_path)
-    config = (suite / "runs" / "digits-vgg8-ei-seed0" / "config.json").read_text()
-    (folder / "config.json").write_text(config)
-    assert "has no histograms.json, nor a checkpoint" in fails(capsys, "evolution", folder, "--out", tmp_path)
-    (folder / "checkpoint.pt").touch()
-    assert "is not finished: python train.py --resume" in fails(capsys, "evolution", folder, "--out", tmp_path)
-    (folder / "checkpoint.pt").unlink()
-    (folder / "histograms.json").write_text('[[{"i_int": [1]')
-    assert "cannot be read" in fails(capsys, "evolution", folder, "--out", tmp_path)
-    assert "has no best.pt" in fails(capsys, "weights", folder, "--out", tmp_path)
-    for metrics in ("epoch,train_loss\n1,2.3", "x" * 200_000, "epoch,train_loss,test_loss,test_accuracy\ninf,1,1,1"):
-        (folder / "metrics.csv").write_text(metrics)
-        assert "cannot be read" in fails(capsys, "curves", folder, "--out", tmp_path)
+    run = copy(run_of(suite), tmp_path / "run")
+    assert "has no best.pt" in fails(capsys, "weights", run)
+    for text in ('[[{"i_int": [1]', "[[[]]]", '[[{"i_int": [NaN], "u": [1]}]]', "[]", "{}"):
+        (run / "histograms.json").write_text(text)
+        assert "histograms.json is damaged" in fails(capsys, "evolution", run)
+    for text in ('{"outcome": 5}', "[]", "{"):
+        (run / "result.json").write_text(text)
+        with pytest.raises(ValueError, match=r"result\.json is damaged"):
+            history.outcome(Run(run))
+    (run / "config.json").write_text("{")
+    assert "config.json" in fails(capsys, "curves", run)
 
 
-def test_runs_of_several_networks_in_one_folder(suite, tmp_path, capsys):
-    for name in ("ei", "bn", "plain", "dann"):
-        shutil.copytree(run_of(suite, name).folder, tmp_path / name)
-    deep = tmp_path / "a-resnet18"  # the first in the alphabet
-    deep.mkdir()
-    config = json.loads((tmp_path / "ei" / "config.json").read_text())
-    (deep / "config.json").write_text(json.dumps(config | dict(arch="resnet18")))
-    assert visualize.main(["curves", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
-    err = fails(capsys, "curves", tmp_path, "--arch", "resnet18", "--out", tmp_path / "f")
-    assert "no run with model=bn and otherwise the paper's method" in err or "nor a checkpoint" in err
-    assert "--seed 5" in fails(capsys, "curves", tmp_path, "--seed", "5")
-    (tmp_path / "ei" / "config.json").unlink()  # the checkpoint has it too
-    (deep / "config.json").write_text("{")
-    capsys.readouterr()
-    assert visualize.main(["curves", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
-    assert "left out: " in capsys.readouterr().out
-
-
-def copy_with(config, folder, **changed):
-    """A run folder with settings only, some of them changed."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**config, **changed}), encoding="utf-8")
-
-
-def test_runs_of_several_widths_are_not_mixed(suite, tmp_path, capsys):
-    config = json.loads((run_of(suite, "ei").folder / "config.json").read_text(encoding="utf-8"))
-    copy_with(config, tmp_path / "a", width=0.5)
-    err = fails(capsys, "evolution", tmp_path, "--out", tmp_path / "f")
-    assert f"{tmp_path / 'a'} has no histograms.json" in err  # the only one
-    copy_with(config, tmp_path / "b", width=0.25)
-    assert "width: 0.25, 0.5. Choose one with --width" in fails(capsys, "evolution", tmp_path)
-    assert f"{tmp_path / 'b'} has no histograms.json" in fails(capsys, "evolution", tmp_path, "--width", "0.25")
-    shutil.copytree(run_of(suite, "ei").folder, tmp_path / "c")
-    assert visualize.main(["evolution", str(tmp_path), "--out", str(tmp_path / "f")]) == 0  # the paper's, c
-    err = fails(capsys, "ablation", tmp_path, "--width", "0.5", "--out", tmp_path / "f")
-    for part in ("no run with ste=False", "python reproduce.py", "--width 0.5", "--epochs 2", "--T 2", "--lr 0.01"):
-        assert part in err
-    copy_with(config, tmp_path / "d", tau=3.0)
-    copy_with(config, tmp_path / "e", model="dann")  # has no tau
-    assert f"{tmp_path / 'd'} has no histograms.json" in fails(capsys, "evolution", tmp_path, "--tau", "3")
-    assert f"{tmp_path / 'd'} has no metrics.csv" in fails(capsys, "curves", tmp_path, "--tau", "3")
-    copy_with(config, tmp_path / "b2", width=0.25, epochs=4)
-    assert "has no histograms.json" in fails(capsys, "evolution", tmp_path, "--width", "0.25")
-
-
-def test_a_second_run_with_the_same_settings_is_named(suite, tmp_path, capsys):
-    for name in ("first", "second"):
-        shutil.copytree(run_of(suite, "ei").folder, tmp_path / name)
-    assert visualize.main(["evolution", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
-    assert f"{tmp_path / 'first'} is drawn, not {tmp_path / 'second'}" in capsys.readouterr().out
-
-
-def test_a_result_of_another_kind(suite, tmp_path, capsys):
-    shutil.copytree(suite / "runs", tmp_path, dirs_exist_ok=True)
-    result = tmp_path / "digits-vgg8-ei-eps1e-08-seed0" / "result.json"
-    for damaged in (dict(outcome=5), dict(outcome="converged", best_epoch=1, best_test_accuracy=[]), []):
-        result.write_text(json.dumps(damaged))
-        assert "result.json cannot be read" in fails(capsys, "epsilon", tmp_path, "--out", tmp_path)
-
-
-def test_a_run_without_a_finite_epoch_is_in_the_table(suite, tmp_path):
-    shutil.copytree(suite / "runs", tmp_path, dirs_exist_ok=True)
-    broken = tmp_path / "digits-vgg8-ei-eps1e-08-seed0"
-    (broken / "metrics.csv").write_text("")
-    (broken / "result.json").write_text(json.dumps(dict(outcome="failed to converge")))
-    assert visualize.main(["epsilon", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
-    assert "| 1e-8     | failed to converge | -" in (tmp_path / "f" / "epsilon.md").read_text()
+@pytest.mark.slow
+def test_the_importing_program_keeps_its_plots(tmp_path):
+    code = "import sys, matplotlib; matplotlib.use('svg'); before = dict(matplotlib.rcParams); import visualize;"
+    code += "assert visualize.main(['init', '--width', '0.1', '--out', sys.argv[1]]) == 0;"
+    code += "assert dict(matplotlib.rcParams) == before and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=train.__file__[:-8])
