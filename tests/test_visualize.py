@@ -22,7 +22,7 @@ from ei_init import initialize
 from model import build, circuits
 from support import data, measure, plots
 from support import runs as stored
-from support.runs import CHECKPOINT, PREVIOUS, Run, load_data_and_model, packed, prepare, restore
+from support.runs import CHECKPOINT, PREVIOUS, Run, load_data_and_model, prepare, restore
 
 TINY = ["--plan", "8 P 8 P", "--T", "2", "--epochs", "1", "--batch-size", "32"]
 
@@ -210,7 +210,7 @@ def test_a_training_that_collapses_after_its_best_epoch_is_shown_as_it_ended(sui
     run = shutil.copytree(run_of(suite), tmp_path / "run")
     state = Run(run).load()
     state["model"] = {k: torch.zeros_like(p) if k.endswith("w_ei") else p for k, p in state["model"].items()}
-    (run / CHECKPOINT).write_bytes(packed(state))
+    torch.save(state, run / CHECKPOINT)
     assert set(found_in(rows_of("stabilizer", run), "zeros", when="after training", layer="2")) == {1}
     for name in (CHECKPOINT, PREVIOUS):  # then the parameters of the best epoch are all that there is
         (run / name).unlink(missing_ok=True)
