@@ -135,7 +135,7 @@ def train_run(run, config, args, device, folder=None, after_epoch=None):
 def test_run(args, device):
     """--eval: tests the best network of a run, counts its costs, and does the same for BN-SNN beside it."""
     run = Run(args.eval)
-    config = run.settings(vars(args), free=("data_root", "T"))
+    config = run.settings(vars(args), free=("data_root", "T", "precision"))
     state = run.load("best.pt")
     run.say_other_equations()
     dataset, model = load_data_and_model(config, device)
@@ -149,7 +149,7 @@ def test_run(args, device):
     restore(model, state["model"], run.folder / "best.pt")
     sample, _ = data.sample(dataset, config["T"])
     if not args.plain:
-        accelerate(model)
+        accelerate(model, precision=config["precision"])
     loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
     print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}, T={config['T']}")
     print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))

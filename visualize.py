@@ -17,11 +17,24 @@ from matplotlib.figure import Figure
 
 from ei_init import ei_init, initialize
 from model import build, circuits, layers
-from support import data, history, measure, plots, recipes
+from support import data, measure, plots, recipes
 from support.fast import keep_memory
 from support.parallel import pick_device
 from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, long_rows, panels, save, symbol
-from support.runs import BEST, CHECKPOINT, holds_run, load_data_and_model, prepare, restore, saved
+from support.runs import (
+    BEST,
+    CHECKPOINT,
+    Runs,
+    differing,
+    histograms,
+    holds_run,
+    load_data_and_model,
+    metrics,
+    prepare,
+    restore,
+    result_of,
+    saved,
+)
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
@@ -169,7 +182,7 @@ def side_by_side(runs, take):
     first, found = None, {}
     for label, run in runs.items():
         try:
-            values, others = take(run), history.differing(first or run, run)
+            values, others = take(run), differing(first or run, run)
             if others:
                 raise ValueError(f"{run.folder} was made with other {', '.join(others)} than {first.folder}")
         except (ValueError, OSError) as error:
@@ -183,7 +196,7 @@ def side_by_side(runs, take):
 
 def draw_curves(args, runs):
     """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
-    found = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, history.metrics)
+    found = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, metrics)
     figure, [[left, right]] = panels(2.5, 1, 2)
     rows = []
     for (kind, epochs), style in zip(found.items(), STYLES, strict=False):
@@ -202,7 +215,7 @@ def draw_epsilon(args, runs):
     """The talk's table: what becomes of the training with a fixed epsilon, and with the adaptive one."""
     found = {eps: runs.pick(eps=float(eps)) for eps in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4")}
     found["adaptive"] = runs.pick(eps="adaptive")
-    plots.table("epsilon", "epsilon", side_by_side(found, history.outcome), args.out)
+    plots.table("epsilon", "epsilon", side_by_side(found, result_of), args.out)
 
 
 def draw_ablation(args, runs):
@@ -210,7 +223,7 @@ def draw_ablation(args, runs):
     found = {"all of it": runs.pick(eps="adaptive"), "no STE": runs.pick(ste=False)}
     found["no gradient scaling"] = runs.pick(grad_scaling=False)
     found["|Kaiming| for E-I Init"] = runs.pick(init="kaiming")
-    plots.table("ablation", "method", side_by_side(found, history.outcome), args.out)
+    plots.table("ablation", "method", side_by_side(found, result_of), args.out)
 
 
 def draw_representation(args, runs):
@@ -244,7 +257,7 @@ def draw_evolution(args, runs):
     """The same distributions through the training: a picture with the epochs along x, and an animated GIF."""
     run = runs.pick()
     densities, threshold = (
-        plots.density(history.histograms(run)),
+        plots.density(histograms(run)),
         run.config["threshold"],
     )  # (epochs + 1, layers, 2, bins)
     n_epochs, n = densities.shape[:2]
@@ -376,7 +389,7 @@ def command(argv):
     if args.runs != "runs" and not Path(args.runs).is_dir():
         raise ValueError(f"there is no folder {args.runs}")
     args.out = args.out or Path(args.runs if holds_run(args.runs) else ".", "figures")
-    runs = history.Runs(args)
+    runs = Runs(args)
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:
         try:

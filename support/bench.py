@@ -12,6 +12,7 @@ the C library's usual memory management, the others with that of `train.py` (`fa
 """
 
 import copy
+import sys
 import time
 from itertools import accumulate
 from statistics import median
@@ -22,11 +23,10 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import clamp_dale
 from model import ARCHS, build
-from support.console import leave, status
 from support.fast import accelerate, keep_memory
 from support.official import SGD, theirs_like
 from support.parallel import pick_device
-from support.recipes import Parser, count, folder, positive
+from support.recipes import Parser, count, folder, positive, status
 
 
 def networks(x, arch, T, authors=None):
@@ -122,7 +122,7 @@ def show(contenders, times, device):
 
 
 def run(argv):
-    p = Parser(prog="bench", description="Speed and memory of the E-I circuit and its rivals.", allow_abbrev=False)
+    p = Parser(prog="bench", description="Speed and memory of the E-I circuit and its rivals.")
     p.add_argument("--arch", choices=ARCHS, default="vgg8", help="network (vgg8)")
     p.add_argument("--batch-size", type=count, default=64, help="64")
     p.add_argument("--T", type=count, default=4, help="time steps (4)")
@@ -147,4 +147,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    leave(main())
+    sys.exit(main())

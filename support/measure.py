@@ -169,6 +169,7 @@ def header(config, dataset, model, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
     print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
+    print(f"augment   {dataset.augment_name}")
     print(f"network   {config['arch']} {config['kind']}: {describe(model)}")
     print("settings ", *values, flush=True)
 

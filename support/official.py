@@ -25,7 +25,6 @@ from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
 from model import MLP, PLANS, ResNet18, build, circuits
 from support import data, recipes
-from support.console import leave, status
 from support.fast import accelerate
 from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
@@ -240,7 +239,7 @@ def command(args, device):
     with contextlib.closing(run):
         header(config, dataset, model, device)
         if not args.plain:
-            accelerate(model, data.sample(dataset, config["T"])[0])
+            accelerate(model, precision=config["precision"])
         _, accuracy, _ = evaluate(model, dataset.test_x, dataset.test_y)
         run.data = data.identity(dataset)
         run.keep_trained(model, accuracy)
@@ -311,10 +310,10 @@ def compare(folder, steps=100, width=0.25, batch_size=16):
 
 def main(argv=None):
     """The command line of side-by-side training; returns the exit status."""
-    p = recipes.Parser(prog="support.official", description="Train beside the authors' program.", allow_abbrev=False)
+    p = recipes.Parser(prog="support.official", description="Train beside the authors' program.")
     p.add_argument("--compare", metavar="DIR", type=recipes.folder, required=True, help="checkout of their repository")
-    return status(lambda: compare(p.parse_args(argv).compare))
+    return recipes.status(lambda: compare(p.parse_args(argv).compare))
 
 
 if __name__ == "__main__":
-    leave(main())
+    sys.exit(main())

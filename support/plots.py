@@ -167,7 +167,7 @@ def plane(axis, rates, y, n_classes, title):
 def table(name, first, runs, out):
     """Outcome, best epoch and best accuracy of each run, as text, as Markdown and as a picture with the loss curves.
 
-    name: of the files. first: heading of the first column. runs: label -> outcome, in words, and `history.metrics`.
+    name: of the files. first: heading of the first column. runs: label -> outcome, in words, and `runs.metrics`.
     """
     cells, rows = [[first, "outcome", "best epoch", "best on the test set"]], []
     figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))

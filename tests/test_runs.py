@@ -109,7 +109,7 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     assert not (tmp_path / "r").exists()  # nothing was saved, so nothing is lost
     assert chosen(tmp_path / "r") == tmp_path / "r"
     create(tmp_path / "r").save(STATE)
-    with pytest.raises(ValueError, match="in use|already holds a run"):
+    with pytest.raises(ValueError, match=r"in use|already holds a run"):
         create(tmp_path / "r")
     assert chosen(tmp_path / "r") == tmp_path / "r-2" and not (tmp_path / "r-2").exists()
     for name, kept in (("r-2", "config.json"), ("r-3", "checkpoint.prev.pt")):  # nor is the rest of one

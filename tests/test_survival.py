@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from tqdm import tqdm
-from trainings import STEPS, TINY, end, load, main, snapshot, stop_at
+from trainings import STEPS, TINY, end, load, snapshot
 
 import train
 from support import data, runs
@@ -245,7 +245,8 @@ def test_a_forked_child_does_not_keep_the_lock():
 
 @pytest.mark.parametrize("where", ["| head -n 1", "> /dev/full", "2>&-", "<&- >&- 2>&-"])
 def test_nobody_reads(where, calm):
-    text = "import sys, train, trainings; from support import data; data.load = trainings.load; sys.exit(train.main(sys.argv[1:]))"
+    text = "import sys, train, trainings; from support import data; data.load = trainings.load; "
+    text += "sys.exit(train.main(sys.argv[1:]))"
     paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
     command = f'"{sys.executable}" -c "{text}" {" ".join(TINY)} --out r {where}'
     done = subprocess.run(

@@ -20,7 +20,8 @@ import train
 import visualize
 from ei_init import initialize
 from model import build, circuits
-from support import data, history, measure, plots
+from support import data, measure, plots
+from support import runs as stored
 from support.runs import CHECKPOINT, PREVIOUS, Run, load_data_and_model, packed, prepare, restore
 
 TINY = ["--plan", "8 P 8 P", "--T", "2", "--epochs", "1", "--batch-size", "32"]
@@ -264,7 +265,7 @@ def test_only_what_was_made_alike_stands_side_by_side(suite, tmp_path, capsys, n
     assert "none of the runs can be drawn" in fails(capsys, "curves", tmp_path)
     run, other = Run(run_of(suite)), Run(run_of(suite, what="-noste"))
     other.config["lr"] = 1.0  # of the same kind of network, so it is no recipe of its own
-    assert history.differing(run, other) == ["lr"] and history.differing(run, Run(run_of(suite, "bn"))) == []
+    assert stored.differing(run, other) == ["lr"] and stored.differing(run, Run(run_of(suite, "bn"))) == []
 
 
 def test_the_run_is_chosen_by_its_settings(suite, tmp_path, capsys, no_pictures):
@@ -304,7 +305,7 @@ def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
     for text in ('{"outcome": 5}', "[]", "{"):
         (run / "result.json").write_text(text)
         with pytest.raises(ValueError, match=r"result\.json is damaged"):
-            history.outcome(Run(run))
+            stored.result_of(Run(run))
     (run / "config.json").write_text("{")
     assert "config.json" in fails(capsys, "curves", run)
 

@@ -1,4 +1,4 @@
-"""What the tests of trainings share: a few digits, a narrow MLP, the command line, and what two runs must have equal."""
+"""What tests of trainings share: a few digits, a narrow MLP, the command line, what two runs must have equal."""
 
 import signal
 
