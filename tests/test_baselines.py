@@ -110,8 +110,9 @@ def test_dann_is_not_touched_by_ei_init_and_has_no_spikes():
 
 
 def test_bn_normalizes_over_time_samples_and_positions():
-    z = bn_conv(3, 8, 3, padding=1)(torch.rand(16, 3, 8, 8) * 5)
+    z = bn_conv(3, 8, 3, padding=1)(torch.rand(16, 3, 8, 8) * torch.arange(16.0).view(-1, 1, 1, 1))
     assert z.mean((0, 2, 3)).abs().max() < 1e-5 and (z.std((0, 2, 3)) - 1).abs().max() < 0.01
+    assert z[15].std() > 2 * z[1].std()  # not each sample by itself
 
 
 @pytest.mark.parametrize("make", [bn_conv, plain_conv])

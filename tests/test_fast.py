@@ -233,6 +233,7 @@ EDITS = [
     ("inhibition", "EICircuit.lateral", "w_ei, s).to", "w_ei, s.clamp(max=9)).to", EI | DANN),
     ("inhibition", "EICircuit.product", "F.linear(x, w)", "F.linear(x, w.abs())", EI | DANN),
     ("inhibition", "EICircuit.is_reached", "keepdim=True) > 0", "keepdim=True) > 1", EI | DANN),
+    ("inhibition", "EICircuit2d", "2d(EICircuit):", "2d(EICircuit, __import__('contextlib').ContextDecorator):", CONV),
     ("inhibition", "EICircuit2d.product", "stride=self.stride, padding", "stride=1 * self.stride, padding", CONV),
     ("baselines", "DANN.__init__", "0.5 * math.log(", "math.log(", DANN),
     ("baselines", "DANN.inhibitory_parameters", "scale_gradient(self.w_ei, 1 / self.fan_in)", "self.w_ei", DANN),
@@ -275,7 +276,6 @@ def unreadable():
 AT_RUN_TIME = [
     (inhibition, "divide", lambda current, *_: current, "inhibition.divide", EI | DANN),
     (inhibition, "divide", unreadable(), "inhibition.divide", EI | DANN),
-    (inhibition, "divide", torch.div, "inhibition.divide", EI | DANN),
     (inhibition, "divide", functools.partial(ei_prop.divide, ste=False), "inhibition.divide", EI | DANN),
     (baselines, "scale_gradient", lambda w, _: w, "baselines.scale_gradient", DANN),
     (EICircuit, "currents", lambda self, x: dict(i_int=x), "inhibition.EICircuit.currents", EI | DANN),
