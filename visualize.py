@@ -65,7 +65,7 @@ def draw_init(args, runs):
     with contextlib.suppress(ValueError):  # there may be no run
         config = runs.pick().config
     if config["kind"] == "dann":  # which has no time
-        config["T"] = 4
+        config = config | dict(T=4)
     print("VGG-8 and VGG-19 with {data}, T={T}, width {width:g}".format(**config))
     options = {key: config[key] for key in ("T", *recipes.NEURONS)}
     options["image_size"] = max(32, config["image_size"])  # an MLP may have smaller images than these networks take
