@@ -18,23 +18,10 @@ from matplotlib.figure import Figure
 from ei_init import ei_init, initialize
 from model import build, circuits, layers
 from support import data, measure, plots, recipes
+from support import runs as stored
 from support.fast import keep_memory
 from support.parallel import pick_device
 from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, long_rows, panels, save, symbol
-from support.runs import (
-    BEST,
-    CHECKPOINT,
-    Runs,
-    differing,
-    histograms,
-    holds_run,
-    load_data_and_model,
-    metrics,
-    prepare,
-    restore,
-    result_of,
-    saved,
-)
 
 NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
@@ -50,17 +37,17 @@ def networks_of(runs, end=False, kinds=("ei", "dann")):
     run = runs.pick()
     if run.config["kind"] not in kinds:
         raise ValueError(f"{run.folder} is of kind {run.config['kind']}: draw this figure from a run of --kind ei")
-    name = CHECKPOINT if end and saved(run.folder) else BEST
+    name = stored.CHECKPOINT if end and stored.saved(run.folder) else stored.BEST
     state = run.load(name)
     elsewhere = state.get("epoch") == 0
-    dataset, before = load_data_and_model(run.config, pick_device())
+    dataset, before = stored.load_data_and_model(run.config, pick_device())
     if elsewhere:
         print(f"{run.folder}: trained elsewhere, so '{ANEW}' is not what it started from")
     elif different := data.differences(state["data"], data.identity(dataset)):
         raise ValueError(f"these data are not those of {run.folder}: {different}; say with --data-root where they are")
-    prepare(run.config, dataset, before)
+    stored.prepare(run.config, dataset, before)
     after = copy.deepcopy(before)
-    restore(after, state["model"], run.folder / name)
+    stored.restore(after, state["model"], run.folder / name)
     return run, dataset, {ANEW if elsewhere else BEFORE: before.eval(), AFTER: after.eval()}
 
 
@@ -78,7 +65,7 @@ def draw_init(args, runs):
     with contextlib.suppress(ValueError):  # there may be no run
         config = runs.pick().config
     if config["kind"] == "dann":  # which has no time
-        config["T"] = 4
+        config = config | dict(T=4)
     print("VGG-8 and VGG-19 with {data}, T={T}, width {width:g}".format(**config))
     options = {key: config[key] for key in ("T", *recipes.NEURONS)}
     options["image_size"] = max(32, config["image_size"])  # an MLP may have smaller images than these networks take
@@ -182,7 +169,7 @@ def side_by_side(runs, take):
     first, found = None, {}
     for label, run in runs.items():
         try:
-            values, others = take(run), differing(first or run, run)
+            values, others = take(run), stored.differing(first or run, run)
             if others:
                 raise ValueError(f"{run.folder} was made with other {', '.join(others)} than {first.folder}")
         except (ValueError, OSError) as error:
@@ -196,7 +183,7 @@ def side_by_side(runs, take):
 
 def draw_curves(args, runs):
     """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
-    found = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, metrics)
+    found = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, stored.metrics)
     figure, [[left, right]] = panels(2.5, 1, 2)
     rows = []
     for (kind, epochs), style in zip(found.items(), STYLES, strict=False):
@@ -215,7 +202,7 @@ def draw_epsilon(args, runs):
     """The talk's table: what becomes of the training with a fixed epsilon, and with the adaptive one."""
     found = {eps: runs.pick(eps=float(eps)) for eps in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4")}
     found["adaptive"] = runs.pick(eps="adaptive")
-    plots.table("epsilon", "epsilon", side_by_side(found, result_of), args.out)
+    plots.table("epsilon", "epsilon", side_by_side(found, stored.result_of), args.out)
 
 
 def draw_ablation(args, runs):
@@ -223,7 +210,7 @@ def draw_ablation(args, runs):
     found = {"all of it": runs.pick(eps="adaptive"), "no STE": runs.pick(ste=False)}
     found["no gradient scaling"] = runs.pick(grad_scaling=False)
     found["|Kaiming| for E-I Init"] = runs.pick(init="kaiming")
-    plots.table("ablation", "method", side_by_side(found, result_of), args.out)
+    plots.table("ablation", "method", side_by_side(found, stored.result_of), args.out)
 
 
 def draw_representation(args, runs):
@@ -256,10 +243,8 @@ def draw_representation(args, runs):
 def draw_evolution(args, runs):
     """The same distributions through the training: a picture with the epochs along x, and an animated GIF."""
     run = runs.pick()
-    densities, threshold = (
-        plots.density(histograms(run)),
-        run.config["threshold"],
-    )  # (epochs + 1, layers, 2, bins)
+    threshold = run.config["threshold"]
+    densities = plots.density(stored.histograms(run))  # (epochs + 1, layers, 2, bins)
     n_epochs, n = densities.shape[:2]
     places = dict(epoch=range(n_epochs), layer=range(1, n + 1), quantity=plots.QUANTITIES, bin_centre=plots.CENTRES)
     save(plots.by_epoch_maps(densities, threshold), "evolution", long_rows("density", densities, **places), args.out)
@@ -388,8 +373,8 @@ def command(argv):
     args = p.parse_args(argv)
     if args.runs != "runs" and not Path(args.runs).is_dir():
         raise ValueError(f"there is no folder {args.runs}")
-    args.out = args.out or Path(args.runs if holds_run(args.runs) else ".", "figures")
-    runs = Runs(args)
+    args.out = args.out or Path(args.runs if stored.holds_run(args.runs) else ".", "figures")
+    runs = stored.Runs(args)
     drawn = 0
     for name in FIGURES if args.figure == "all" else [args.figure]:
         try:
