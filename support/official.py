@@ -208,10 +208,10 @@ def settings_of(folder, found, args):
     for key in given.keys() - OPTIONS:
         raise ValueError(f"{recipes.option(key, given[key])} has no meaning with --official: the files decide")
     family, depth = re.fullmatch("([a-z]+)([0-9]*)", found["arch"]).groups()
-    here = ["EI-SNN", family, depth or len(found["plan"] or PLANS["mlp"]) + 1, found["ei_ratio"]]
-    there = [theirs.get(key) for key in ("type", "arch", "num_layers", "ei_ratio")]
-    if [str(value).lower() for value in there] != [str(value).lower() for value in here]:
-        raise ValueError(f"config.json says {there} (type, arch, num_layers, ei_ratio), but the tensors are of {here}")
+    depth = depth or len(found["plan"] or PLANS["mlp"]) + 1
+    for key, value in dict(type="EI-SNN", arch=family, num_layers=depth, ei_ratio=found["ei_ratio"]).items():
+        if str(theirs.get(key, value)).lower() != str(value).lower():
+            raise ValueError(f"config.json says {key} {theirs[key]!r}, but the tensors are of {value}")
     said = dict(T=theirs.get("T"), tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
     for key, value in said.items():
         if type(value) not in ((int,) if key == "T" else (int, float)) or not 0 < value < 1e6:
