@@ -239,14 +239,14 @@ class Run:
         except FileNotFoundError:
             said = f"there is no {path}" + f"; it comes after an epoch: --resume {self.quoted}" * saved(self.folder)
         except Exception as error:  # a foreign file fails in many ways
-            said = f"{path} cannot be used ({' '.join(str(error).split())[:200]})"
+            said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:200]})"
             if path.read_bytes()[:100].startswith(b"version https://git-lfs"):
                 said = f"{path} is a Git LFS pointer, not the file itself: run git lfs pull"
         if name != CHECKPOINT or not (self.folder / PREVIOUS).exists():
             raise ValueError(said)
-        state, self._damaged = self.load(PREVIOUS), True
-        print(f"{said}; the one before is used, of step {state['step']}")
-        return state
+        print(f"{said}; the one before is used")
+        self._damaged = True
+        return self.load(PREVIOUS)
 
     def finish(self, history, chance, broken=None, given_up=False):
         """Writes result.json and says how the run ended. broken: the layer that was not finite, if that ended it."""

@@ -1,8 +1,5 @@
 """Trainings that are killed, stopped, damaged or short of disk, as processes of their own. Resumed, each ends with the
-same bits as one that nothing disturbed.
-
-SOAK=200 in the environment kills one training 200 times, at other moments each time, and tries as many damaged files.
-"""
+same bits as one that nothing disturbed. SOAK=200 in the environment tries ten times as many moments."""
 
 import multiprocessing
 import os
@@ -17,48 +14,43 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import result
 from tqdm import tqdm
-from trainings import STEPS, TINY, end, load, snapshot
+from trainings import STEPS, TINY, end, load, main, snapshot
 
 import train
-from support import data, runs
+from support import data, parallel, runs
 from support.runs import Run
 
 if sys.platform == "win32":
     pytest.skip("it sends signals and limits resources as POSIX systems do", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
-HERE = Path(train.__file__).parent
 FORKS = multiprocessing.get_context("forkserver")  # processes that need not import PyTorch again
 FORKS.set_forkserver_preload(["train", "trainings"])
 SOAK = int(os.environ.get("SOAK", 20))
 
 
 def _train(arguments, log, before):
-    with open(log, "a", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process would leave behind
     data.load = load
-    if before:
-        before[0](*before[1:])
+    before[0](*before[1:])
     sys.exit(train.main(arguments))
 
 
-def start(*arguments, log="log", before=None):
+def start(*arguments, log="log", before=(str,)):
     """Starts `train.py arguments` in a process of its own; what it says goes to a file. before: a function and its
     arguments, called there first."""
-    process = FORKS.Process(target=_train, args=([str(a) for a in arguments], log, before))
+    process = FORKS.Process(target=_train, args=([str(argument) for argument in arguments], log, before))
     process.start()
     return process
 
 
-def ended(*arguments, log="log", before=None):
+def ended(*arguments, before=(str,), log="log"):
     """The exit status of a training, at its end, and what it said."""
-    Path(log).unlink(missing_ok=True)
-    process = start(*arguments, log=log, before=before)
+    process = start(*arguments, before=before, log=log)
     process.join(60)
     said = Path(log).read_text()
     assert not process.is_alive() and "Traceback" not in said, said
@@ -68,7 +60,7 @@ def ended(*arguments, log="log", before=None):
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "calm"
-    assert ended(*TINY, "--out", folder, log=str(folder) + ".log")[0] == 0
+    assert ended(*TINY, "--out", folder, log=f"{folder}.log")[0] == 0
     return end(folder)
 
 
@@ -83,14 +75,14 @@ def slow(seconds):
     train.clamp_dale = lambda model: (time.sleep(seconds), original(model))
 
 
-def wait_for(folder, epoch, alive):
-    metrics = Path(folder) / "metrics.csv"
-    while not metrics.exists() or metrics.read_text().count("\n") < epoch + 1:
+def wait_for(epoch, alive):
+    while not os.path.exists("r/metrics.csv") or Path("r/metrics.csv").read_text().count("\n") < epoch + 1:
         assert alive()
         time.sleep(0.002)
 
 
-# ---- killed and stopped
+def resumed_as(calm):
+    return ended("--resume", "r")[0] == 0 and end("r") == calm
 
 
 def kill_at(call):
@@ -111,76 +103,40 @@ def test_killed_at_each_rename(renames, calm):
     """Four are of the state before the first step. Then an epoch has two for best.pt, if it is better, two for the
     checkpoint and the one before, and three for the tables."""
     assert ended(*TINY, "--out", "r", before=(kill_at, renames))[0] == -signal.SIGKILL
-    step = Run("r").load()["step"]
-    assert step == STEPS * ((renames >= 8) + (renames >= 13))
-    assert ended("--resume", "r")[0] == 0
-    assert end(Path("r")) == calm and not [name for name in os.listdir("r") if name.startswith(".check")]
+    assert Run("r").load()["step"] == STEPS * ((renames >= 8) + (renames >= 13))
+    assert resumed_as(calm)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_an_epoch(how, calm):
     process = start(*TINY, "--out", "r", before=(slow, 0.1))
-    wait_for("r", 1, process.is_alive)
+    wait_for(1, process.is_alive)
     time.sleep(0.25)
     os.kill(process.pid, how)
     process.join(20)
     step, killed = Run("r").load()["step"], how == signal.SIGKILL
     assert process.exitcode == (-how if killed else 128 + how) and "Traceback" not in Path("log").read_text()
-    assert step == STEPS if killed else STEPS < step < 2 * STEPS
-    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm
-
-
-def program(*arguments, n=1, before="", **options):
-    """The program itself, on a few digits; with n > 1 by torchrun."""
-    Path("program.py").write_text(
-        "import runpy, sys, time, train, trainings; from support import data; data.load = trainings.load\n"
-        f"if __name__ == '__main__':\n    {before or 'pass'}\n    sys.exit(train.main(sys.argv[1:]))"
-    )
-    command = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={n}"] * (n > 1) + ["program.py", *arguments]
-    paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
-    return subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1"), text=True, **pipes)
-
-
-def test_ctrl_c_again_and_again(calm):
-    process = program(
-        *TINY, "--out", "r", before="s = train.clamp_dale; train.clamp_dale = lambda m: (time.sleep(0.1), s(m))"
-    )
-    wait_for("r", 1, lambda: process.poll() is None)
-    while process.poll() is None:  # in saving, after it, and as the interpreter ends
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-    assert process.returncode in (130, -signal.SIGINT)
-    assert STEPS < Run("r").load()["step"] < 2 * STEPS
-    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm
+    assert (step == STEPS if killed else STEPS <= step < 2 * STEPS) and resumed_as(calm)
 
 
 def test_killed_many_times_and_damaged_now_and_then(calm):
-    rng, kills, folder = random.Random(SOAK), 0, Path("r")
-    while kills < SOAK:
-        resume = runs.saved(folder)
-        process = start(*(["--resume", "r"] if resume else [*TINY, "--out", "r"]), before=(slow, 0.02))
+    rng, folder = random.Random(SOAK), Path("r")
+    for _ in range(SOAK):
+        process = start(*(["--resume", "r"] if runs.saved("r") else [*TINY, "--out", "r"]), before=(slow, 0.02))
         process.join(rng.uniform(0, 0.6))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), Path("log").read_text()
-        kills += 1
         if process.exitcode == 0:
             shutil.rmtree(folder)
-        elif rng.random() < 0.2 and (folder / "checkpoint.prev.pt").exists() and (folder / "checkpoint.pt").exists():
-            flip(rng.choice([file for file in sorted(folder.iterdir()) if file.name != "best.pt"]), rng)
-    assert ended("--resume" if runs.saved(folder) else "--out", "r", *([] if runs.saved(folder) else TINY))[0] == 0
-    assert "Traceback" not in Path("log").read_text() and end(folder) == calm
-
-
-def flip(path, rng):
-    raw = bytearray(path.read_bytes() or b"x")
-    raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-    path.write_bytes(raw)
-
-
-# ---- disk, lock, streams
+        elif rng.random() < 0.3 and (folder / "checkpoint.prev.pt").exists() and (folder / "checkpoint.pt").exists():
+            path = rng.choice([file for file in sorted(folder.iterdir()) if file.name not in ("best.pt", ".lock")])
+            raw = bytearray(path.read_bytes() or b"x")
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+            path.write_bytes(raw)
+    if not runs.saved("r"):
+        assert ended(*TINY, "--out", "r")[0] == 0
+    assert resumed_as(calm)
 
 
 def limit_files(n):
@@ -190,31 +146,19 @@ def limit_files(n):
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 
 
-def full_after(writes):
-    original, left = os.fsync, [writes]
-
-    def fsync(file):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, os.strerror(28))
-        original(file)
-
-    os.fsync = fsync
-
-
-@pytest.mark.parametrize("writes", [5, 6, 7, 9])
-def test_a_full_disk(writes, calm):
-    status, said = ended(*TINY, "--out", "r", before=(full_after, writes))
-    assert status == 2 and said.splitlines()[-1].startswith("error: cannot write r/") and "intact" in said
-    before = snapshot(Path("r"))[0]["checkpoint.pt"]
-    status, said = ended("--resume", "r", before=(limit_files, 1000))  # still full, and nothing gets worse
-    assert status == 2 and "error: cannot write" in said and snapshot(Path("r"))[0]["checkpoint.pt"] == before
-    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm
+def test_a_full_disk(calm):
+    assert ended(*TINY, "--out", "r", before=(kill_at, 9))[0] == -signal.SIGKILL
+    for n in (1000, 100_000):  # bytes a file
+        before = snapshot(Path("r"))[0]
+        status, said = ended("--resume", "r", before=(limit_files, n))
+        assert status == 2 and said.splitlines()[-1].startswith("error: cannot write r/") and "intact" in said
+        assert all(snapshot(Path("r"))[0][name] == before[name] for name in ("checkpoint.pt", "best.pt"))
+    assert resumed_as(calm)
 
 
 def test_a_second_process_is_refused_and_does_no_harm(calm):
     first = start(*TINY, "--out", "r", before=(slow, 0.3))
-    wait_for("r", 1, first.is_alive)
+    wait_for(1, first.is_alive)
     for arguments in (["--resume", "r"], [*TINY, "--out", "r"]):
         status, said = ended(*arguments, log="second")
         assert status == 2 and said.count("\n") == 1 and "error: r is in use: another process" in said
@@ -222,14 +166,14 @@ def test_a_second_process_is_refused_and_does_no_harm(calm):
     assert first.is_alive()
     first.kill()
     first.join()
-    assert ended("--resume", "r")[0] == 0 and end(Path("r")) == calm  # its lock went with it
+    assert resumed_as(calm)  # its lock went with it
 
 
 def test_a_forked_child_does_not_keep_the_lock():
     reading, writing = os.pipe()
     parent = os.fork()
     if parent == 0:
-        Run.create("r", Run("calm", {}).config)  # locked
+        Run.create("r", {})  # locked
         child = os.fork()
         if child:
             os.write(writing, str(child).encode())
@@ -238,18 +182,119 @@ def test_a_forked_child_does_not_keep_the_lock():
     os.waitpid(parent, 0)
     child = int(os.read(reading, 20))
     os.kill(child, 0)  # it lives
-    run = Run.create("r", {})
-    run.close()
+    Run.create("r", {}).close()
     os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("where", ["| head -n 1", "> /dev/full", "2>&-", "<&- >&- 2>&-"])
-def test_nobody_reads(where, calm):
-    text = "import sys, train, trainings; from support import data; data.load = trainings.load; "
-    text += "sys.exit(train.main(sys.argv[1:]))"
-    paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
-    command = f'"{sys.executable}" -c "{text}" {" ".join(TINY)} --out r {where}'
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], env=os.environ | dict(PYTHONPATH=paths), capture_output=True
-    )
-    assert done.returncode == 0 and end(Path("r")) == calm and b"Traceback" not in done.stderr, done.stderr
+# ---- the program itself
+
+PROGRAM = """import sys, time, train, trainings
+from support import data
+data.load, clamp = trainings.load, train.clamp_dale
+train.clamp_dale = lambda model: (time.sleep({}), clamp(model))
+sys.exit(train.main(sys.argv[1:]))"""
+
+
+def program(*arguments, seconds=0, n=1, then=""):
+    """The program on a few digits, a step takes so many seconds; with n > 1 by torchrun; then: more for the shell."""
+    Path("program.py").write_text(PROGRAM.format(seconds))
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={n} " * (n > 1)
+    command = f'exec "{sys.executable}" {torchrun}program.py {" ".join(arguments)} {then}'
+    paths = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1")
+    return subprocess.Popen(["bash", "-o", "pipefail", "-c", command], env=environment, **pipes)
+
+
+def test_ctrl_c_again_and_again(calm):
+    process = program(*TINY, "--out", "r", seconds=0.1)
+    wait_for(1, lambda: process.poll() is None)
+    while process.poll() is None:  # in saving, after it, and as the interpreter ends
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert STEPS <= Run("r").load()["step"] < 2 * STEPS and resumed_as(calm)
+
+
+@pytest.mark.parametrize("then", ["| head -n 1", ">/dev/full 2>&-"])
+def test_nobody_reads(then, calm):
+    process = program(*TINY, "--out", "r", then=then)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and not err and end("r") == calm
+
+
+def test_two_processes_train_as_one_stop_and_resume_together(calm):
+    process = program(*TINY, "--out", "r", n=2, seconds=0.2)
+    wait_for(1, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert STEPS <= Run("r").load()["step"] < 3 * STEPS
+    process = program("--resume", "r", n=2)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.count("run folder: r") == 1, err  # the first process speaks for both
+    (state, _, _), (expected, _, _) = end("r"), calm
+    assert state["step"] == 3 * STEPS and result(Path("r"))["epochs"] == 3
+    for name, raw in expected["model"].items():
+        values, alone = (torch.frombuffer(bytearray(x), dtype=torch.float32) for x in (state["model"][name], raw))
+        torch.testing.assert_close(values, alone, rtol=1e-3, atol=1e-5)
+    for row, alone in zip(state["history"], expected["history"], strict=True):
+        assert [row["train_loss"], row["test_loss"]] == pytest.approx(
+            [alone["train_loss"], alone["test_loss"]], rel=1e-3
+        )
+
+
+def test_what_the_first_of_two_processes_refuses():
+    process = program(*TINY, "--batch-size", "15", "--out", "r", n=2)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and err.count("error: a batch of 15 cannot be shared by 2 processes") == 1
+    assert "process 1: the first process failed" in err and not os.path.exists("r")
+
+
+def test_the_shares_of_a_batch(monkeypatch):
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "world", lambda: 3)
+        parts.append(parallel.share(torch.arange(10)))
+    assert torch.cat(parts).sort().values.tolist() == list(range(10)) and [len(part) for part in parts] == [4, 3, 3]
+
+
+WILD = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "1e-400",
+    "1e400",
+    "-1e-6",
+    "nan",
+    "-inf",
+    "\u0661",
+    "0x10",
+    "1.5",
+    "9" * 5000,
+    "\0",
+    "a\nb",
+]
+WILD += ["vgg8", "None", "adaptive", "-", "é\udcff", "../..", "/dev/null", "%s", "1e30", "0.1", "2", "cuda:99", "mps"]
+OPTIONS = (
+    "T epochs batch-size lr weight-decay warmup-epochs warmup-from width ei-ratio tau threshold alpha image-size seed"
+)
+OPTIONS = [*OPTIONS.split(), "eps", "arch", "kind", "init", "device", "data-root", "eval", "resume", "clip-norm"]
+
+
+def test_whatever_is_typed_ends_in_success_or_one_line(capsys, monkeypatch):
+    rng = random.Random(SOAK)
+    monkeypatch.setattr(data, "load", lambda name, root, *_: load(name, "./data"))
+    for _ in range(10 * SOAK):
+        typed = [f"--{option}={rng.choice(WILD)}" for option in rng.sample(OPTIONS, rng.randint(1, 3))]
+        status = main(*TINY, "--epochs", 1, *typed, "--out", "new")
+        err = capsys.readouterr().err
+        assert status == 0 or (status == 2 and err.startswith("error: ") and err.count("\n") == 1), (typed, err)
+        shutil.rmtree("new", ignore_errors=True)
+        assert not os.path.exists("runs")
+
+
+def test_the_first_network_learns_the_digits():
+    """The recipe of the MLP, as it is, in some seconds."""
+    assert main("--arch", "mlp", "--out", "r") == 0 and result(Path("r"))["test_accuracy"] >= 0.93
