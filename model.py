@@ -105,7 +105,7 @@ class Block(nn.Module):
         self.conv1 = layer(in_channels, n_e, 3, stride=stride, padding=1)
         self.conv2 = layer(n_e, n_e, 3, padding=1)
         self.shortcut = None
-        if stride != 1 or in_channels != n_e:
+        if stride != 1:
             self.shortcut = layer(in_channels, n_e, 1, stride=stride)
 
     def forward(self, x):
@@ -155,9 +155,10 @@ class Network(nn.Module):
         image = (self.in_channels, self.image_size, self.image_size)
         shapes = {4: image, 5: (self.T, *image)}  # of a sample, by the number of axes
         if x.numel() == 0 or x.shape[1:] != shapes.get(x.dim()):
+            c, _, size = image
             raise ValueError(
-                f"the network takes images (B, *{image}) or frames (B, *{(self.T, *image)}), B at least 1, not "
-                f"{(*x.shape,)}; a single image x is x[None]"
+                f"the network takes images (B, {c}, {size}, {size}) or frames (B, {self.T}, {c}, {size}, {size}), B at "
+                f"least 1, not {(*x.shape,)}; a single image x is x[None]"
             )
         if not x.is_floating_point():
             raise ValueError(f"the images are {x.dtype}: give intensities in [0, 1], e.g. images.float() / 255")
@@ -201,7 +202,8 @@ def build(arch, in_channels=3, n_classes=10, T=4, kind="ei", image_size=32, plan
             f"arch is one of {', '.join(ARCHS)} and kind one of {', '.join(KINDS)}, not {arch!r}, {kind!r}"
         )
     if min(in_channels, n_classes, T, image_size) < 1 or not width > 0:
-        raise ValueError("in_channels, n_classes, T and image_size are at least 1, and width is positive")
+        sizes = dict(in_channels=in_channels, n_classes=n_classes, T=T, image_size=image_size, width=width)
+        raise ValueError(f"in_channels, n_classes, T and image_size are at least 1, and width is positive, not {sizes}")
     if unknown := options.keys() - {*NEURON_OPTIONS, *CIRCUIT_OPTIONS["ei"]}:
         raise TypeError(f"build has no option {min(unknown)!r}")
     of_neuron = {name: options[name] for name in NEURON_OPTIONS if name in options}

@@ -183,10 +183,8 @@ class FastLayer(Layer):
             current = self.circuit(x).movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
         x = torch.cat([x] * T) if still else x  # BN-SNN counts every time step in its variance
-        for part in self.circuit if isinstance(self.circuit, nn.Sequential) else [self.circuit]:
-            x = part(x)
-            x = x.float() if x.dtype == torch.bfloat16 else x  # normalization and membrane have 32 bits
-        return self.neuron(x.unflatten(0, (T, B)))
+        current = self.circuit(x).to(next(self.circuit.parameters()).dtype)  # with autocast, the membrane keeps 32 bits
+        return self.neuron(current.unflatten(0, (T, B)))
 
 
 class _AvgPool(torch.autograd.Function):
@@ -326,7 +324,8 @@ def functions_of(thing, place):
         thing, place = left.pop()
         home = str(getattr(thing, "__module__", "")).partition(".")[0]
         if isinstance(thing, type) and home in CONCEPTS:
-            left += [(base, "") for base in thing.__bases__ if base.__module__ in CONCEPTS]
+            bases = [base for base in thing.__bases__ if not base.__module__.startswith(("torch", "builtins"))]
+            left += [(base, f"{home}.{thing.__name__}") for base in bases]  # also a student's mixin
             members = {f"{home}.{thing.__name__}.{key}": getattr(m, "__func__", m) for key, m in vars(thing).items()}
             left += [
                 (m, key)
