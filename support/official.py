@@ -38,6 +38,7 @@ _words = """
 PUBLISHED = dict(zip(_words[::2], map(float, _words[1::2]), strict=True))  # top-1 accuracy in % that the authors report
 DATA = {"tinyimagenet200": "tinyimagenet", "cifar10dvs": "cifar10-dvs", "dvsgesture": "dvs-gesture"}  # others: the same
 OPTIONS = ("official", "data", "data_root", "image_size", "T", "eps", "batch_size", "seed", "device", "out", "plain")
+OPTIONS += ("augment", "precision")
 # What config.json may say of a neuron beside tau and v_threshold: ours is like this and cannot be another.
 NEURON = dict(surrogate_function="sigmoid", step_mode="m", decay_input=False, v_reset=None, detach_reset=True)
 SGD = dict(lr=0.002, momentum=recipes.MOMENTUM, weight_decay=5e-4)
@@ -206,7 +207,7 @@ def settings_of(folder, found, args):
         raise ValueError(f"config.json cannot be read, or is none of theirs: {error}") from None
     given = {key: value for key, value in vars(args).items() if value not in (None, False)}
     for key in given.keys() - OPTIONS:
-        raise ValueError(f"{recipes.option(key, given[key])} has no meaning with --official: the files decide")
+        raise ValueError(f"--{key.replace('_', '-')} has no meaning with --official: the files decide")
     family, depth = re.fullmatch("([a-z]+)([0-9]*)", found["arch"]).groups()
     depth = depth or len(found["plan"] or PLANS["mlp"]) + 1
     for key, value in dict(type="EI-SNN", arch=family, num_layers=depth, ei_ratio=found["ei_ratio"]).items():
@@ -242,7 +243,7 @@ def command(args, device):
             accelerate(model, precision=config["precision"])
         _, accuracy, _ = evaluate(model, dataset.test_x, dataset.test_y)
         run.data = data.identity(dataset)
-        run.keep_trained(model, accuracy)
+        run.keep_best(model, 0, accuracy)
     published = f"; the authors report {PUBLISHED[name]:.2f}% on {name.partition('-')[0]}" if name in PUBLISHED else ""
     print(f"test accuracy {accuracy:.2%}{published}\nrun folder: {run.folder}")
     print(f"its costs: python train.py --eval {run.quoted}   its figures: python visualize.py all {run.quoted}")
