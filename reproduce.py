@@ -2,7 +2,7 @@
 
     python reproduce.py                                        VGG-8 on the digits, 12 runs
     python reproduce.py --data cifar10 --suite paper depth --seeds 3
-    python reproduce.py --data folder --data-root DIR --width 0.5 --epochs 20 --out results/cifar10-half
+    python reproduce.py --data folder --augment cifar --data-root DIR --width 0.5 --epochs 20 --out results/cifar10-half
 
 Stopped at any moment, the same command goes on where it was and skips what is finished. At the end it prints a table
 and draws the figures, all into the folder --out.
@@ -63,10 +63,11 @@ def plan(args):
     for seed in range(1, args.seeds):
         chosen += [own | dict(seed=seed) for own in SUITES["rivals"]]
     given = {k: v for k, v in vars(args).items() if k not in ("suite", "seeds", "figures")}
-    lacks = {"dann": ("tau", "threshold", "alpha", "T"), "bn": ("ei_ratio",), "plain": ("ei_ratio",)}
     configs = []
     for own in chosen:
-        without = dict.fromkeys(lacks.get(own.get("kind", args.kind), ()))  # what this kind of network does not have
+        without = dict.fromkeys(
+            recipes.LACKS.get(own.get("kind", args.kind), ())
+        )  # what this kind of network does not have
         try:
             config = recipes.settings(argparse.Namespace(**given | own | without))
         except ValueError as error:

@@ -91,13 +91,8 @@ class _GainControl(torch.autograd.Function):
         dL/dbalanced = g / I_div         dL/dI_div = -balanced g / I_div^2
         dL/ds_I = w^T dL/dI_div          dL/dw = dL/dI_div s_I^T
 
-    Args:
-        currents: (N, ..., n_E + n_I), the balanced current g_E (I_EE - I_sub) and s_I of each position, side by side.
-        w: W_EI with g_I in it, (n_E, n_I).
-        b_e: (n_E,).
-        eps: "adaptive", or a number that is added to I_div.
-
-    Every position is a row of a matrix. Of the forward pass the input and the divisor are kept.
+    currents, (N, ..., n_E + n_I), holds g_E (I_EE - I_sub) and s_I of each position side by side: the rows of a matrix.
+    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or a number that is added to I_div.
     """
 
     @staticmethod
@@ -364,17 +359,11 @@ def edited(module):
 def accelerate(model, batch=None, precision="float32"):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
 
-    To be called with the network on its device. Parameters, names and the state_dict stay as they are, and no random
-    number is drawn.
+    model: a network of `model.build` on its device, changed in place; parameters, names and random numbers stay.
+    batch: not looked at. precision: "bf16" for convolutions and matrix products in bfloat16.
 
-    Args:
-        model: a network of `model.build`, changed in place.
-        batch: is not looked at.
-        precision: "bf16": convolutions and matrix products in bfloat16.
-
-    Returns:
-        The functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
-        computes is left in its plain form.
+    Returns the functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
+    computes is left in its plain form.
     """
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run

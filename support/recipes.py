@@ -46,9 +46,12 @@ RECIPES = [
     ("digits", "resnet18", "ei", dict(lr=0.003)),
 ]
 MOMENTUM = 0.9
-# The paper's method, nothing left out and nothing changed.
+# The paper's method, nothing left out and nothing changed; and what a kind of network does not have.
 FULL = dict(kind="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
+ABLATIONS = ("eps", "ste", "grad_scaling", "init")
+LACKS = dict(ei=(), bn=(*ABLATIONS, "ei_ratio"), plain=(*ABLATIONS, "ei_ratio"))
+LACKS["dann"] = (*ABLATIONS, "tau", "threshold", "alpha", "T")
 DATA = dict(data="digits", data_root="./data", augment="auto")
 WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | DATA | dict(seed=0, precision="float32")
 WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
@@ -82,25 +85,17 @@ def settings(args):
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
     config = WHAT | {k: given[k] for k in WHAT if k in given}
     kind = config["kind"]
-    if kind != "ei" and any(config[k] != v for k, v in FULL.items() if k != "kind"):
-        raise ValueError("--eps, --no-ste, --no-grad-scaling and --init kaiming are ablations of --kind ei only")
-    if kind == "dann" and any(config[k] != NEURONS[k] for k in ("tau", "threshold", "alpha")):
-        raise ValueError("--tau, --threshold and --alpha are of spiking neurons: --kind dann has none")
-    if kind in ("bn", "plain") and config["ei_ratio"] != NEURONS["ei_ratio"]:
-        raise ValueError(f"--ei-ratio is of E-I circuits: --kind {kind} has none")
+    if odd := [key for key in LACKS[kind] if config.get(key) != WHAT.get(key)]:
+        raise ValueError(f"a network of --kind {kind} has no --{odd[0].replace('_', '-')}: leave it out")
     config.update(recipe(config["data"], config["arch"], kind))
     one_in = config.pop("warmup_1_in")
-    config["warmup_epochs"] = 0.0
     config.update(given)
-    if one_in and "warmup_epochs" not in given:
-        config["warmup_epochs"] = config["epochs"] / one_in
+    config.setdefault("warmup_epochs", config["epochs"] / one_in if one_in else 0.0)
     if config["precision"] != "float32" and getattr(args, "plain", None):
         raise ValueError("--plain trains the plain equations, which are in float32: leave --precision bf16 out")
     if config["warmup_epochs"] > config["epochs"]:
-        raise ValueError(
-            f"a warm-up of {config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}: give "
-            "fewer --warmup-epochs or more --epochs"
-        )
+        epochs = f"{config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}"
+        raise ValueError(f"a warm-up of {epochs}: give fewer --warmup-epochs or more --epochs")
     return config
 
 
@@ -222,14 +217,13 @@ def parse(argv=None):
 def run_name(config):
     """<data>-<arch>-<kind>-<what differs from the paper's method>-seed<n>."""
     parts = [config["data"], config["arch"], config["kind"]]
-    parts += [f"plan{config['plan']}"] if config["plan"] else []
-    parts += [] if config["width"] == 1 else [f"width{config['width']:g}"]
-    if config["eps"] != "adaptive":
-        parts.append(f"eps{config['eps']}" if isinstance(config["eps"], str) else f"eps{config['eps']:g}")
+    for key in ("plan", "width", "eps"):
+        value = f"{config[key]:g}" if isinstance(config[key], float) else config[key]
+        parts += [f"{key}{value}"] if config[key] != WHAT[key] else []
     parts += ["noste"] * (not config["ste"]) + ["noscaling"] * (not config["grad_scaling"])
     parts += ["kaiming"] * (config["init"] == "kaiming")
     parts += [f"{k.replace('_', '')}{config[k]:g}" for k in NEURONS if k != "width" and config[k] != NEURONS[k]]
-    parts += [] if config["precision"] == "float32" else [config["precision"]]
+    parts += [config["precision"]] * (config["precision"] != "float32")
     return "-".join([*parts, f"seed{config['seed']}"])
 
 

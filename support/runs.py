@@ -37,7 +37,7 @@ import model as networks
 from support import data, parallel, recipes
 from support.fast import normal_form
 from support.measure import BINS
-from support.recipes import FULL, WHAT
+from support.recipes import FULL, LACKS, WHAT
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 
@@ -331,9 +331,8 @@ def outcome(accuracies, chance, nonfinite=False):
 
 # ---- reading runs ----------------------------------------------------------------------------------------------------
 
-# Settings that a kind of network has of its own, or not at all.
+# Settings of which each kind of network has its own.
 OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
-LACKS = dict(ei=(), bn=("ei_ratio",), plain=("ei_ratio",), dann=("tau", "threshold", "alpha", "T"))
 
 
 def read(run, name, take):
