@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from a1_lif import simulate
-from a2_circuit import clamp_dale, currents  # noqa: F401 (clamp_dale is for `run`)
+from a2_circuit import clamp_dale, currents
 from a3_init import fan_in, initialize
 from a4_prop import lateral_weights, stabilize
 
@@ -133,12 +133,38 @@ def run(condition, seed, epochs=EPOCHS):
         by_epoch: a list of the accuracies on the test images after each epoch.
         test_accuracy: the number that you report: after the last epoch.
     """
-    raise NotImplementedError
+    torch.manual_seed(seed)
+    network = Network(condition)
+    train_x, train_y, test_x, test_y = digits()
+    if condition != "no E-I Init":
+        network.initialize(train_x[batches(seed, 0)[0]])
+    first = network.layers[0]
+    row = dict(condition=condition, seed=seed, steps=0)
+    row |= dict(g_i=first["g_i"][0].item(), first_weight=first["w_ee"].flatten()[0].item())
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
+    lowest, accuracies = [], []
+    for epoch in range(epochs):
+        for batch in batches(seed, epoch):
+            loss = F.cross_entropy(network(train_x[batch]), train_y[batch])
+            row.setdefault("first_loss", loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for p in network.layers:
+                clamp_dale(p)
+            row["steps"] += 1
+            lowest.append(network.lowest())
+        accuracies.append(accuracy(network, test_x, test_y))
+    return row | dict(lowest=min(lowest), by_epoch=accuracies, test_accuracy=accuracies[-1])
 
 
 def experiment(conditions=tuple(CONDITIONS), seeds=tuple(SEEDS), epochs=EPOCHS):
     """The list of the dicts of `run` for each condition and each seed, with the same number of epochs."""
-    raise NotImplementedError
+    rows = []
+    for condition in conditions:
+        for seed in seeds:
+            rows.append(run(condition, seed, epochs))
+    return rows
 
 
 def plot(rows, path):
@@ -146,7 +172,17 @@ def plot(rows, path):
 
     Use matplotlib. Import it in here.
     """
-    raise NotImplementedError
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    fig, ax = plt.subplots(figsize=(6, 4))
+    ax.scatter([conditions.index(row["condition"]) for row in rows], [row["test_accuracy"] for row in rows], alpha=0.5)
+    ax.set_xticks(range(len(conditions)), conditions)
+    ax.set(ylabel="test accuracy", ylim=(0, 1))
+    fig.savefig(path)
 
 
 def write_csv(rows, path):
