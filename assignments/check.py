@@ -19,6 +19,7 @@ import sys
 import types
 import zipfile
 import zlib
+from functools import partial
 from importlib.util import find_spec
 
 try:
@@ -27,7 +28,7 @@ try:
 except ImportError as error:
     print(f"{error}: pip install torch numpy matplotlib", file=sys.stderr)
     sys.exit(2)
-from ablation import experiment, judged
+from ablation import experiment, look_at_table, verdict_of
 from probes import FILES, HERE, USES, Problem, explain, observe
 
 POINTS = {
@@ -57,15 +58,9 @@ def read(path=HERE / "expected.npz"):
     """
     with np.load(path) as file:
         book = json.loads(file["book"].tobytes())
-
-    def arrays(case):
-        return {k: np.array(v, dtype=np.float64) for k, v in case.items()} if isinstance(case, dict) else case
-
     for entry in book.values():
-        entry["right"] = [arrays(case) for case in entry["right"]]
-        entry["given"] = {names: [arrays(case) for case in cases] for names, cases in entry["given"].items()}
         for mistake in entry["wrong"]:  # of which only what differs is in the file
-            pairs = zip(entry["right"], map(arrays, mistake[2]), strict=True)
+            pairs = zip(entry["right"], mistake[2], strict=True)
             mistake[2] = [w if isinstance(w, str) else r | w for r, w in pairs]
     return book
 
@@ -76,6 +71,7 @@ def differs(a, b, key=""):
     Weights are drawn at random, and so are their statistics: these may differ by 6 %.
     """
     random = key.startswith(("mean of", "standard deviation of", "share of"))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     with np.errstate(invalid="ignore"):
         finite, size = np.abs(b[np.isfinite(b) & (b != 0)]), np.abs(b)
         if random:
@@ -87,7 +83,7 @@ def differs(a, b, key=""):
 
 
 def same(a, b, key):
-    return a[key].shape == b[key].shape and not differs(a[key], b[key], key).any()
+    return np.shape(a[key]) == np.shape(b[key]) and not differs(a[key], b[key], key).any()
 
 
 def first_difference(found, right):
@@ -147,9 +143,10 @@ def verdict(function, found, entry, right=None):
             if index:
                 text += f" at {list(index)}" + f" (time step {index[0]})" * (function == "simulate")
             for k, v in given.items():
-                if isinstance(v, list) and k != "weights" and np.shape(v) == r[key].shape:
+                if isinstance(v, list) and k != "weights" and np.shape(v) == np.shape(r[key]):
                     text += f", where {k} is {np.array(v)[index]:.6g}"
-            return False, f"{text}: yours is {f[key][index]:.6g}, right is {r[key][index]:.6g}.", name
+            yours, right = np.asarray(f[key])[index], np.asarray(r[key])[index]
+            return False, f"{text}: yours is {yours:.6g}, right is {right:.6g}.", name
     return True, "right", None
 
 
@@ -158,7 +155,7 @@ def verdicts(a, book, look):
 
     look: a function of a name and of names that are replaced by stand-ins: what `observe` finds.
     """
-    wrong = []
+    wrong = {}
     for name, points in POINTS[a].items():
         right, text, mistake = verdict(name, look(name, ()), book[name])
         suspects = [other for other in USES.get(name, ()) if other in wrong]
@@ -168,9 +165,9 @@ def verdicts(a, book, look):
                 right, mistake = True, None
                 text = f"right, apart from what follows from `{'`, `'.join(group)}`, which costs no points here"
         if not right:
-            wrong.append(name)
-            if suspects and not mistake:
-                text += f" A part of it may follow from `{'`, `'.join(suspects)}`."
+            follows = suspects and not mistake and text not in wrong.values()
+            wrong[name] = text
+            text += f" (This may follow from `{'`, `'.join(suspects)}`.)" if follows else ""
         yield name, points, right, text, mistake
 
 
@@ -193,11 +190,9 @@ def own_numbers(student):
     )
 
 
-def missing(sentence):
-    def raise_it(*args, **options):
-        raise Problem(sentence)
-
-    return raise_it
+def fail(sentence, *args, **options):
+    """A function that is not there, once it has its sentence."""
+    raise Problem(sentence)
 
 
 def load(a):
@@ -212,11 +207,14 @@ def load(a):
             sys.modules[FILES[earlier]] = module
         for name in POINTS[earlier]:
             if not hasattr(module, name):
-                setattr(module, name, missing(sentence))
+                setattr(module, name, partial(fail, sentence))
     try:
         return importlib.import_module(FILES[a])
     except (Exception, SystemExit) as error:
         raise Problem(explain(error)) from None
+    finally:  # what a file changes for all others is changed back
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
 
 
 def answers_of(given, a):
@@ -224,7 +222,7 @@ def answers_of(given, a):
     given = given if isinstance(given, dict) else {}
     answer, sentences = given.get(QUESTIONS[a]), given.get("sentences")
     try:
-        text = "" if answer is None else repr(answer)[:60].encode(errors="backslashreplace").decode()
+        text = "" if answer is None else str(answer)[:60].encode(errors="backslashreplace").decode()
         value = float("nan" if isinstance(answer, bool | str | bytes | None) else answer)
     except Exception:  # no number, or an object that fails
         text, value = type(answer).__name__, float("nan")
@@ -232,36 +230,45 @@ def answers_of(given, a):
     return dict(value=value if abs(value) < 1e300 else None, text=text, sentences=sentences)
 
 
-def of_a5(answers, files, others_right=True):
-    """(part, right?, text, name of the mistake or None) for what A5 leaves. files: name -> bytes, of what is there."""
-    yield "results.csv", *judged(files.get("results.csv"), others_right)
-    drawn = files.get("a5.png", b"")[:8] == b"\x89PNG\r\n\x1a\n"
-    yield "a5.png", drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None
-    n = sum(len(s.split()) >= 5 for s in answers["sentences"])
-    yield "sentences", n >= 5, "your lecturer reads them" if n >= 5 else f"not done yet: {n} of 5 are written", None
+def results(a, book, look, answers, files, others_right=True):
+    """(part, points, right?, text, name of the mistake or None) for each part of an assignment, one after the other.
 
-
-def results(a, book):
-    """(part, points, right?, text) for each part of an assignment, one after the other."""
-    try:
-        module = load(a)
-    except Problem as problem:
-        for part, points in POINTS[a].items():
-            yield part, points, False, f"{FILES[a]}.py cannot be imported: {problem}"
+    look: see `verdicts`. answers: see `answers_of`. files: name -> bytes, of results.csv and a5.png, if they are there.
+    """
+    if a != "a5":
+        yield from verdicts(a, book, look)
         return
+    n, png = sum(len(text.split()) >= 5 for text in answers["sentences"]), files.get("a5.png", b"")
+    drawn = png.startswith(b"\x89PNG\r\n\x1a\n")
+    of_part = {
+        "experiment": look("experiment", ()),
+        "results.csv": verdict_of(look_at_table, files.get("results.csv"), others_right),
+    }
+    of_part["a5.png"] = drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None
+    of_part["sentences"] = n >= 5, f"{n} of 5 are written" + ("; your lecturer reads them" if n >= 5 else ""), None
+    for part, points in POINTS[a].items():
+        yield part, points, *of_part[part]
+
+
+def own_results(a, book):
+    """The same for the files in this folder, and for the student's answer."""
+    try:
+        module, broken = load(a), None
+    except Problem as problem:
+        module, broken = None, f"{FILES[a]}.py cannot be imported: {problem}"
     answers = answers_of(getattr(module, "ANSWERS", None), a)
-    if a == "a5":
-        yield "experiment", POINTS[a]["experiment"], *experiment(module)[:2]
-        files = {name: (HERE / name).read_bytes() for name in HAND_IN[5:] if has(name)}
-        for part, right, text, _ in of_a5(answers, files):
-            yield part, POINTS[a][part], right, text
-    else:
-        for *part, _ in verdicts(a, book, lambda name, group: observe(name, module, book[name]["inputs"], group)):
-            yield part
+
+    def look(part, group):
+        if part == "experiment":
+            return (False, broken, None) if broken else experiment(module)[:3]
+        return [broken] * len(book[part]["inputs"]) if broken else observe(part, module, book[part]["inputs"], group)
+
+    files = {name: (HERE / name).read_bytes() for name in HAND_IN[5:] if (HERE / name).is_file()}
+    yield from results(a, book, look, answers, files)
     text = f"{answers['text']}, which is compared when it is graded; it may be off by 1 %"
     if answers["value"] is None:
-        text = f"{answers['text']} is no number" if answers["text"] else "not done yet"
-    yield QUESTIONS[a], 0, answers["value"] is not None, text
+        text = f"{answers['text']!r} is no number" if answers["text"] else "not done yet"
+    yield QUESTIONS[a], 0, answers["value"] is not None, text, None
 
 
 # ---- the command line ----
@@ -272,7 +279,9 @@ def check(names):
     book, total, possible, right = read(), 0, 0, True
     for a in names:
         print(f"{FILES[a]}.py")
-        for part, points, good, text in results(a, book):  # printed one by one: a loop without end shows where it is
+        for part, points, good, text, _ in own_results(
+            a, book
+        ):  # printed one by one: a loop without end shows where it is
             got = points if good else 0
             total, possible, right = total + got, possible + points, right and good
             print(f"  {got:2}/{points:<2}  {part}: {text}" if points else f"  -      {part}: {text}", flush=True)
@@ -282,35 +291,28 @@ def check(names):
 
 def setup(student):
     print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
-    wrong = [f"there is no {name} in {HERE}" for name in HAND_IN[:5] if not has(name)]
-    print("\n".join(wrong) if wrong else f"Everything is there: {len(read())} functions to write, in {HERE}")
+    gone = [name for name in HAND_IN[:5] if not (HERE / name).is_file()]
+    print(f"There is no {', '.join(gone)} in {HERE}" if gone else f"Everything is there, in {HERE}")
     if not find_spec("matplotlib"):
         print("For the plot of A5, later: pip install matplotlib")
-    if student:
-        print(f"The numbers of your questions, {student}:")
-        for a, numbers in own_numbers(student).items():
-            print(f"  {a}  " + ", ".join(f"{name} = {value}" for name, value in numbers.items()))
-    else:
-        print("For the numbers of your questions: python check.py setup --id YOUR_ID")
-    return 1 if wrong else 0
-
-
-def has(name):
-    return (HERE / name).is_file()
+    print(f"The numbers of your questions, {student or 'with --id YOUR_ID'}:")
+    for a, numbers in own_numbers(student).items() if student else ():
+        print(f"  {a}  " + ", ".join(f"{name} = {value}" for name, value in numbers.items()))
+    return 1 if gone else 0
 
 
 def submit(student):
     path, book, done = HERE / f"submission-{student}.zip", read(), True
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as file:
         file.writestr("id.txt", student)
-        for name in filter(has, HAND_IN):
-            file.write(HERE / name, name)
+        for path in (HERE / name for name in HAND_IN if (HERE / name).is_file()):
+            file.write(path, path.name)
     print(f"wrote {path}\nIt was made for the numbers of {student}: those of python check.py setup --id {student}")
     print(
         "What is in it is checked now. Hand it in as it is, or mend what is listed here and make it again:", flush=True
     )
     for a in FILES:
-        for part, _, good, text in results(a, book):
+        for part, _, good, text, _ in own_results(a, book):
             done = done and good
             if not good:
                 print(f"  {part}: {text}", flush=True)
@@ -330,7 +332,7 @@ def main(argv=None):
     if args.what == "submit" and args.id is None:
         parser.error("submit needs --id YOUR_ID")
     for name in ("expected.npz", "digits.npz"):
-        if not has(name):
+        if not (HERE / name).is_file():
             parser.error(f"there is no {name} in {HERE}: copy it from what you were given")
     torch.set_num_threads(1)  # for functions as small as these, more threads are slower
     if args.what in ("setup", "submit"):

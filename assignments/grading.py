@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import io
 import json
+import math
 import os
 import queue
 import re
@@ -30,12 +31,15 @@ from pathlib import Path
 
 import check
 import numpy as np
+from ablation import near
 from probes import FILES, HERE
 
 LARGEST = 2_000_000  # bytes of a file
 STARTED = "Its grading was begun, and stopped before its end.\n"
 COLUMNS = ["id", "total", *(part for parts in check.POINTS.values() for part in parts), *check.QUESTIONS.values()]
 COLUMNS += ["mistakes", "fingerprint"]
+PROGRAM = ("worker.py", "check.py", "probes.py", "ablation.py", "digits.npz")
+PROGRAM = {name: (HERE / name).read_bytes() for name in PROGRAM}  # in memory: a submission may rewrite the files
 
 
 # ---- what was handed in ----
@@ -68,20 +72,21 @@ def submission(path, folder):
             if name not in (*check.HAND_IN, "id.txt") or hidden or depths.get(name, 99) <= len(folders):
                 continue
             depths[name] = len(folders)  # of several with the same name, the one that is least deep
-            data = b""
-            if regular:
+            try:
+                if not regular:
+                    raise ValueError("it is a link, or no file at all")
                 with opened() as file:
                     data = file.read(LARGEST + 1)
-            if not regular or len(data) > LARGEST:
-                why = f"it is larger than {LARGEST} bytes" if regular else "it is a link, or no file at all"
-                remarks.append(f"{name} is left out: {why}.")
-            else:
+                if len(data) > LARGEST:
+                    raise ValueError(f"it is larger than {LARGEST} bytes")
                 files[name] = data
                 dates.append(tuple(date))
+            except Exception as error:  # a damaged archive fails in many ways, here and below
+                remarks.append(f"{name} is left out: {error}.")
         if not files:
             remarks.append(f"There is none of the files {', '.join(check.HAND_IN)} in it.")
-    except Exception as error:  # a damaged archive fails in many ways
-        files, remarks = {}, [f"It cannot be read: {error}"]
+    except Exception as error:
+        remarks.append(f"It cannot be read: {error}")
     place = path.relative_to(folder).as_posix()
     own = re.sub(r"\.zip$", "", place, flags=re.I)
     named = re.search(f"submission-({check.ID})", path.stem) or re.fullmatch(f"({check.ID})", own)
@@ -89,17 +94,17 @@ def submission(path, folder):
     if not re.fullmatch(check.ID, student):  # else a name that is no id is made into one, which is no other's
         made = re.sub(r"[^A-Za-z0-9]+", "_", own)[:30] + f"-{zlib.crc32(os.fsencode(place)):08x}"
         student = named[1] if named else made
-    text = repr((student, sorted(files.items()), remarks)).encode(errors="backslashreplace")
-    when = bool(files), max(dates, default=()), path.lstat().st_mtime, place
-    found = dict(id=student, name=ascii(place)[1:-1], files=files, remarks=remarks, when=when)
-    return types.SimpleNamespace(**found, fingerprint="x" + hashlib.sha256(text).hexdigest()[:12])
+    data = repr((student, sorted(files.items()), remarks)).encode(errors="backslashreplace")
+    found = dict(id=student, name=ascii(place)[1:-1], files=files, remarks=remarks)
+    found["when"] = bool(files), max(dates, default=()), path.lstat().st_mtime, place
+    return types.SimpleNamespace(**found, fingerprint="x" + hashlib.sha256(data).hexdigest()[:12])
 
 
 def collect(folder):
     """All that was handed in, one submission of each student. Remarks say which one counts, if there are several."""
     by_id = collections.defaultdict(list)
     for entry in sorted(folder.iterdir()):
-        if re.fullmatch(r"\..*|remarks|(grades|mistakes)(-new)?\.csv", entry.name, re.S):  # not handed in
+        if re.fullmatch(r"\..*|remarks|grades\.csv|mistakes\.csv", entry.name, re.S):  # not handed in
             continue
         paths = [entry]
         if stat.S_ISDIR(entry.lstat().st_mode):
@@ -121,10 +126,6 @@ def collect(folder):
 # ---- running it ----
 
 
-class Ended(Exception):
-    """Why a process gives no answer."""
-
-
 def children():
     """The processes that this one has started or inherited, on Linux."""
     found = set()
@@ -135,34 +136,42 @@ def children():
     return found
 
 
-class Process:
-    """A process that runs the functions of a submission."""
+class Trial:
+    """Runs a submission, in one process as long as it answers, then in another one.
 
-    def __init__(self, files, first_line, user):
-        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        for name in ("worker.py", "check.py", "probes.py", "ablation.py", "digits.npz"):
-            shutil.copyfile(HERE / name, Path(self.folder.name, name))
-        for name, data in files.items():
+    A part may take `seconds`. In a file in which one did not end, each of the others may take 10 seconds, and the whole
+    file 2 `seconds`. A submission may take 10 `seconds`. A part that was not the first in its process is run again.
+    """
+
+    def __init__(self, files, questions, seconds, user):
+        self.files, self.seconds, self.user, self.process = files, seconds, user, None
+        self.questions = dict(questions=questions, broken={})
+        self.used, self.failed = collections.Counter(), set()
+
+    def start(self):
+        self.folder, self.others = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), children()
+        for name, data in (self.files | PROGRAM).items():
             Path(self.folder.name, name).write_bytes(data)
-        if user:
-            shutil.chown(self.folder.name, user)
-        self.others, self.answers, self.worked = children(), queue.Queue(10), False
+        if self.user:
+            shutil.chown(self.folder.name, self.user)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        options = dict(cwd=self.folder.name, env=environment, user=user, start_new_session=True)
+        options = dict(cwd=self.folder.name, env=environment, user=self.user, start_new_session=True)
         self.process = subprocess.Popen([sys.executable, "worker.py"], **streams, **options)
-        threading.Thread(target=self.read, daemon=True).start()
+        self.answers, self.worked = queue.Queue(10), False
+
+        def read(lines, answers):
+            with contextlib.suppress(OSError, ValueError):
+                for line in iter(lambda: lines.readline(20_000_000), b""):
+                    answers.put(line)
+            answers.put(b"")
+
+        threading.Thread(target=read, args=(self.process.stdout, self.answers), daemon=True).start()
         try:
-            self.ask(first_line, 120)
-        except Ended as ended:
+            self.ask(self.questions, 120)
+        except (EOFError, TimeoutError) as ended:
             self.end()
             raise OSError(f"{sys.executable} cannot run worker.py: {ended}") from None
-
-    def read(self):
-        with contextlib.suppress(OSError, ValueError):
-            for line in iter(lambda: self.process.stdout.readline(20_000_000), b""):
-                self.answers.put(line)
-        self.answers.put(b"")
 
     def ask(self, line, seconds):
         """The answer to a line."""
@@ -171,12 +180,36 @@ class Process:
             self.process.stdin.flush()
             return json.loads(self.answers.get(timeout=seconds))
         except queue.Empty:
-            raise Ended(f"It did not end within {seconds:.3g} seconds.") from None
+            raise TimeoutError(f"It did not end within {seconds:.3g} seconds.") from None
         except (OSError, ValueError, RecursionError):
-            raise Ended("It ended the program.") from None
+            raise EOFError("It ended the program.") from None
+
+    def look(self, a, part, replaced=()):
+        """What `worker.py` finds, or text that says why there is nothing."""
+        while True:
+            limit = min(self.seconds, 10 * self.seconds - self.used.total())
+            if a in self.failed:
+                limit = min(limit, 10, 2 * self.seconds - self.used[a])
+            if limit <= 0:
+                return "It was not run, because there was no time left for it."
+            if self.process is None:
+                self.start()
+            first, begin = not self.worked, time.monotonic()
+            self.worked = self.worked or part != "answers"
+            try:
+                return self.ask([a, part, replaced], limit)
+            except (EOFError, TimeoutError) as ended:
+                self.end()
+                if first:
+                    self.failed.add(a)
+                    return str(ended)
+            finally:
+                self.used[a] += time.monotonic() - begin
 
     def end(self):
         """Ends the process, and all that it has started."""
+        if self.process is None:
+            return
         if os.name == "nt":
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(self.process.pid)], capture_output=True, check=False)
         else:
@@ -189,143 +222,100 @@ class Process:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, queue.Empty):
             self.process.stdin.close()
-        with contextlib.suppress(queue.Empty):
             while self.answers.get(timeout=1):  # until the thread that reads has ended
                 pass
         self.folder.cleanup()
-
-
-class Trial:
-    """Runs a submission, in one process as long as it answers, then in another one.
-
-    A part may take `seconds`. In a file in which one did not end, each of the others may take 10 seconds, and the whole
-    file 2 `seconds`. A submission may take 10 `seconds`. A part that was not the first in its process is run again.
-    """
-
-    def __init__(self, files, book, seconds, user):
-        self.files, self.seconds, self.user, self.process = files, seconds, user, None
-        self.first_line = dict(questions={name: entry["inputs"] for name, entry in book.items()}, broken={})
-        self.used, self.failed = collections.Counter(), set()
-
-    def look(self, a, part, replaced=()):
-        """What `worker.py` finds, or text that says why there is nothing."""
-        while True:
-            limit = min(self.seconds, 10 * self.seconds - self.used.total())
-            if a in self.failed:
-                limit = min(limit, 10, 2 * self.seconds - self.used[a])
-            if limit <= 0:
-                return "It was not run, because there was no time left for it."
-            if self.process is None:
-                self.process = Process(self.files, self.first_line, self.user)
-            first, start = not self.process.worked, time.monotonic()
-            self.process.worked = self.process.worked or part != "answers"
-            try:
-                return self.process.ask([a, part, replaced], limit)
-            except Ended as ended:
-                self.end()
-                if first:
-                    self.failed.add(a)
-                    return str(ended)
-            finally:
-                self.used[a] += time.monotonic() - start
-
-    def end(self):
-        if self.process:
-            self.process.end()
         self.process = None
 
 
 # ---- points ----
 
 
-def answer_of(a, numbers):
-    """The right answer to a student's own question."""
-    if a == "a1":  # with a constant current I, u[t] = I sum of (1 - 1/tau)^k until the first spike
-        return numbers["theta"] / sum((1 - 1 / numbers["tau"]) ** k for k in range(numbers["T"]))
-    if a == "a2":  # both I_EE - I_sub and I_div are multiplied by c
-        return numbers["v"]
-    if a == "a3":  # E[x^2] + Var[x] = (lambda + lambda^2) + lambda, E[x] = lambda
-        return ((2 + numbers["lambda"]) / (numbers["d"] * numbers["lambda"])) ** 0.5
-    if a == "a4":  # its own gradient, and that of each zero, which is replaced by it
-        return numbers["c"] * (1 + sum(row.count(0) for row in numbers["I_div"]))
-    return float(np.log(numbers["classes"]))
+ANSWERS = dict(  # the right answers to a student's own questions
+    a1=lambda tau, theta, T: theta / sum((1 - 1 / tau) ** k for k in range(T)),  # u[t] = I sum of (1 - 1/tau)^k
+    a2=lambda v, c: v,  # both I_EE - I_sub and I_div are multiplied by c
+    a3=lambda d, **rate: ((2 + rate["lambda"]) / (d * rate["lambda"])) ** 0.5,  # E[x^2] + Var[x] = 2 lambda + lambda^2
+    a4=lambda I_div, c: c * (1 + sum(row.count(0) for row in I_div)),  # its own gradient, and that of each zero
+    a5=lambda classes: math.log(classes),
+)
 
 
 def answers_in(data):
-    """The ANSWERS of a file that does not run, as far as they are written out: a dict."""
+    """The ANSWERS of a file that does not run, as far as they are written out, {...} or dict(...): a dict."""
     found = {}
     with contextlib.suppress(Exception):  # whatever a student writes there
-        for node in ast.parse(data).body:
-            if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "ANSWERS" for t in node.targets):
-                pairs = [(ast.Constant(k.arg), k.value) for k in getattr(node.value, "keywords", ())]  # dict(...)
-                if isinstance(node.value, ast.Dict):
-                    pairs = zip(node.value.keys, node.value.values, strict=True)
-                for key, value in pairs:
-                    with contextlib.suppress(Exception):
-                        found[ast.literal_eval(key)] = ast.literal_eval(value)
+        nodes = [node for node in ast.parse(data).body if isinstance(node, ast.Assign)]
+        for value in (node.value for node in nodes if any(getattr(t, "id", "") == "ANSWERS" for t in node.targets)):
+            pairs = [(ast.Constant(k.arg), k.value) for k in getattr(value, "keywords", ())]
+            for pair in (*pairs, *zip(getattr(value, "keys", ()), getattr(value, "values", ()), strict=True)):
+                with contextlib.suppress(Exception):
+                    found[ast.literal_eval(pair[0])] = ast.literal_eval(pair[1])
     return found
 
 
-def readable(found, entry):
+def readable(found, right):
     """What a worker sends, as `check.verdict` expects it, or text in its place."""
+    found = [found] * len(right) if isinstance(found, str) else found
     try:
-        arrays = [f if isinstance(f, str) else {k: np.array(v, np.float64) for k, v in f.items()} for f in found]
-        shapes = [
-            isinstance(f, str) or f[k].shape == r[k].shape
-            for f, r in zip(arrays, entry["right"], strict=True)
-            for k in r
-        ]
-        if all(shapes):
-            return arrays
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        pass
-    text = found if isinstance(found, str) else "Its output cannot be read."
-    return [text] * len(entry["right"])
+        for f, r in zip(found, right, strict=True):
+            if not isinstance(f, str) and any(np.asarray(f[k], np.float64).shape != np.shape(r[k]) for k in r):
+                raise ValueError
+        return [f[:500] if isinstance(f, str) else f for f in found]
+    except Exception:  # a submission may send anything
+        return ["Its output cannot be read."] * len(right)
+
+
+def of_experiment(found, values):
+    """(right?, text, name of the mistake or None) of A5, for what a worker sends; values: those of each run."""
+    if isinstance(found, str):
+        return False, found[:500], None
+    try:
+        right, text, name, seen = found
+        if right and not all(near(seen[run][k], v) for run, row in values.items() for k, v in row.items()):
+            right, text = False, "wrong: the values of a run are others"
+        return right is True, str(text)[:500], name and str(name)[:100]
+    except Exception:  # a submission may send anything
+        return False, "Its output cannot be read.", None
 
 
 def grade_one(files, student, book, seconds, user):
     """(points by part, remarks, [part: mistake]) of a submission."""
-    points, remarks, mistakes, answers, trial = {}, [], [], {}, Trial(files, book, seconds, user)
+    points, remarks, mistakes, answers = {}, {}, [], {}
+    trial = Trial(files, {name: entry["inputs"] for name, entry in book.items()}, seconds, user)
 
     def note(part, possible, right, text, mistake=None):
         points[part] = possible if right else 0
         if text != "right":
-            remarks.append(f"{part}: {text}")
+            remarks.setdefault(text, []).append(part)
         if mistake:
             mistakes.append(f"{part}: {mistake}")
 
     try:
-        for a, parts in check.POINTS.items():
-            file = f"{FILES[a]}.py"
+        for a in check.POINTS:
+            file, broken = f"{FILES[a]}.py", None
             given = trial.look(a, "answers") if file in files else f"There is no {file}."
-            if isinstance(given, dict):
-                answers[a], broken = given, None
-            else:
-                answers[a] = check.answers_of(answers_in(files.get(file, b"")), a)
-                broken = trial.first_line["broken"][a] = str(given)
+            if not isinstance(given, dict):
+                broken = trial.questions["broken"][a] = str(given)[:500]
+                given = answers_in(files.get(file, b""))
+            answers[a] = check.answers_of(given, a)
 
-            def look(part, replaced, a=a, broken=broken):
-                return readable(broken or trial.look(a, part, replaced), book[part])
+            def look(part, group, a=a, broken=broken):
+                if part == "experiment":
+                    return of_experiment(broken or trial.look(a, part, book[part]["inputs"]), book[part]["right"])
+                return readable(broken or trial.look(a, part, group), book[part]["right"])
 
-            if a == "a5":
-                found = broken or trial.look(a, "experiment")
-                note("experiment", parts["experiment"], *((False, found) if isinstance(found, str) else found))
-            else:
-                for verdict in check.verdicts(a, book, look):
-                    note(*verdict)
+            for verdict in check.results(a, book, look, answers[a], files, all(points.values())):
+                note(*verdict)
     finally:
         trial.end()
-    others_right = all(points[part] for a, parts in check.POINTS.items() if a != "a5" for part in parts)
-    for part, *verdict in check.of_a5(answers["a5"], files, others_right):
-        note(part, check.POINTS["a5"][part], *verdict)
     for a, numbers in check.own_numbers(student).items():
-        right, value, text = answer_of(a, numbers), answers[a]["value"], answers[a]["text"]
-        good = isinstance(value, float) and abs(value - right) <= 0.01 * abs(right)
+        right, value, text = ANSWERS[a](**numbers), answers[a]["value"], answers[a]["text"]
+        good = value is not None and abs(value - right) <= 0.01 * abs(right)
         said = f"{text} is not right" if text else "there is no answer"
         note(check.QUESTIONS[a], 2, good, "right" if good else f"{said}; right is {right:.4g}.")
-    return points, remarks, mistakes
+    return points, [f"{', '.join(parts)}: {text}" for text, parts in remarks.items()], mistakes
 
 
 # ---- grades ----
@@ -339,18 +329,7 @@ def put(path, text):
     os.chmod(new, 0o644)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    try:
-        os.replace(new, path)
-    except PermissionError:  # on Windows: it is open in another program
-        other = path.with_name(f"{path.stem}-new{path.suffix}")
-        print(f"{path.name} cannot be written. Is it open? See {other.name}", flush=True)
-        os.replace(new, other)
-
-
-def table(columns, rows):
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
-    return text.getvalue()
+    os.replace(new, path)
 
 
 def save(folder, rows, remarks):
@@ -363,9 +342,13 @@ def save(folder, rows, remarks):
         path, data = where / f"{student}.txt", text.encode(errors="backslashreplace")
         if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
             put(path, text)
-    put(folder / "grades.csv", table(COLUMNS, [[row.get(c, 0) for c in COLUMNS] for _, row in sorted(rows.items())]))
     counts = collections.Counter(name for row in rows.values() for name in row["mistakes"].split("; ") if name)
-    put(folder / "mistakes.csv", table(["mistake", "submissions"], counts.most_common()))
+    tables = {"grades.csv": [COLUMNS, *([row.get(c, 0) for c in COLUMNS] for _, row in sorted(rows.items()))]}
+    tables["mistakes.csv"] = [("mistake", "submissions"), *counts.most_common()]
+    for name, lines in tables.items():
+        text = io.StringIO()
+        csv.writer(text).writerows(lines)
+        put(folder / name, text.getvalue())
 
 
 def graded_before(folder):
@@ -376,7 +359,7 @@ def graded_before(folder):
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
                 raise ValueError(f"grades.csv in {folder} is not as `grade` writes it: move it away")
-            rows = {row["id"]: row for row in reader}
+            rows = {row["id"].lower(): row for row in reader}
     paths = [p for p in (folder / "remarks").glob("*.txt") if p.is_file() and not p.is_symlink()]
     return rows, {path.stem: path.read_bytes().decode(errors="replace") for path in paths}
 
@@ -384,31 +367,28 @@ def graded_before(folder):
 def grade(folder, make_book, seconds=30, user=None):
     """Grades what is in a folder, and goes on where an earlier grading was stopped. What is done is written at once.
 
-    Args:
-        make_book: a function that makes new inputs, what is right, and what known mistakes do, see `check.read`.
-        seconds: time limit, see `Trial`.
-        user: runs the submissions as this user of the system, which needs the right to do so.
+    make_book: makes new inputs, what is right, and what known mistakes do, see `check.read`. seconds: see `Trial`.
+    user: of the system, who runs the submissions.
     """
     found, (rows, remarks) = collect(folder), graded_before(folder)
-    left = [f for f in found if rows.get(f.id, {}).get("fingerprint") != f.fingerprint]
+    left = [f for f in found if rows.get(f.id.lower(), {}).get("fingerprint") != f.fingerprint]
     left.sort(key=lambda f: (remarks.get(f.id) == STARTED, f.id))  # what may have stopped the last grading comes last
     print(f"{len(found)} submissions, of which {len(found) - len(left)} are graded already", flush=True)
     book = make_book() if left else {}
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: inherits what a submission leaves running
     for f in left:
-        points, mistakes, said = {}, [], []
-        remarks[f.id] = STARTED
+        points, said, mistakes, remarks[f.id] = {}, [], [], STARTED
         save(folder, rows, remarks)
         try:
-            points, said, mistakes = grade_one(f.files, f.id, book, seconds, user) if f.files else ({}, [], [])
+            if f.files:
+                points, said, mistakes = grade_one(f.files, f.id, book, seconds, user)
         except (OSError, MemoryError):  # of this program, not of the submission
             raise
         except Exception as error:  # one submission shall not end the grading of the others
             said = [f"It could not be graded: {error!r}"]
-        total = sum(points.values())
-        names = "; ".join(dict.fromkeys(mistakes))
-        rows[f.id] = dict(id=f.id, total=total, **points, mistakes=names, fingerprint=f.fingerprint)
+        total, mistakes = sum(points.values()), "; ".join(mistakes)
+        rows[f.id.lower()] = dict(id=f.id, total=total, **points, mistakes=mistakes, fingerprint=f.fingerprint)
         remarks[f.id] = "\n".join([f"{f.id}: {total} of 100 points", *f.remarks, *said, ""])
         save(folder, rows, remarks)
         print(f"{f.id}: {total} of 100 points" + "".join(f" - {line}" for line in f.remarks), flush=True)

@@ -15,11 +15,13 @@ import json
 import os
 import re
 import shutil
+import sys
 import types
 from pathlib import Path
 
 import check
 import numpy as np
+from ablation import CONDITIONS
 from grading import grade
 from probes import FILES, HERE, USES, observe
 
@@ -54,24 +56,21 @@ def cases(seed):
         current[0, ..., 4] = -0.5
         return dict(current=current, tau=tau, threshold=threshold, alpha=alpha, weights=weights(*shape))
 
-    def circuit(n_in, n_e, cells):
-        """`cells`: parameters of each population, by name: (rows, columns) or (rows,)."""
+    def circuit(n_in, n_e, **cells):  # the shapes of the parameters of the interneurons
         x = sparse(2, n_in, 4) if n_in == 4 else some(2, n_in, 3) * (r.rand(2, n_in, 3) < 0.8)
-        p = {f"p_{name}": some(*shape) for name, shape in (dict(w_ee=(n_e, n_in)) | cells).items()}
+        p = {f"p_{name}": some(*shape) for name, shape in dict(w_ee=(n_e, n_in), **cells).items()}
         p |= dict(p_g_e=some(n_e), p_b_e=weights(n_e))
         return dict(x=x, weights=weights(2, n_e, x.shape[2])) | p
 
     def pv(n_in, n_e, n_i):
-        return circuit(n_in, n_e, dict(w_ie=(n_i, n_in), w_ei=(n_e, n_i), g_i=(n_i,)))
+        return circuit(n_in, n_e, w_ie=(n_i, n_in), w_ei=(n_e, n_i), g_i=(n_i,))
 
     def pv_som(n_in, n_e, n_s, n_p):
-        cells = dict(w_se=(n_s, n_in), w_es=(n_e, n_s), w_pe=(n_p, n_in), w_ep=(n_e, n_p), g_p=(n_p,))
-        return circuit(n_in, n_e, cells)
+        return circuit(n_in, n_e, w_se=(n_s, n_in), w_es=(n_e, n_s), w_pe=(n_p, n_in), w_ep=(n_e, n_p), g_p=(n_p,))
 
-    def clamped(n_in, n_e, n_i, readout=False):
-        shapes = dict(p_w_ee=(n_e, n_in), p_w_ie=(n_i, n_in), p_w_ei=(n_e, n_i))
-        shapes |= {} if readout else dict(p_g_i=(n_i,), p_g_e=(n_e,), p_b_e=(n_e,))
-        p = {name: weights(*shape) for name, shape in shapes.items()}
+    def clamped(n_in, n_e, n_i, **gains):
+        shapes = dict(w_ee=(n_e, n_in), w_ie=(n_i, n_in), w_ei=(n_e, n_i)) | gains  # a readout has no gains
+        p = {f"p_{name}": weights(*shape) for name, shape in shapes.items()}
         for value in p.values():
             value.flat[:2] = -0.4, 1.7  # a value below 0 in each, and one above 1
         return p
@@ -82,50 +81,40 @@ def cases(seed):
     def drawn(n_e, n_i, *shape, readout=False):
         return dict(n_e=n_e, n_i=n_i, k=5, x=sparse(*shape), readout=readout, seed=seed, x_has_gradient=readout)
 
-    def divisors(shape, eps, ste):
+    def divisors(ste, *shape):
         i_div = 10 ** r.uniform(-12, 0, shape) * (r.rand(*shape) < 0.6)  # of any size
         i_div[..., 0], i_div[..., 1] = 0, 10 ** r.uniform(-3, 0, shape[:-1])
         i_div[r.randint(1, shape[0])] = 0  # a silent sample
         i_div = np.array([float(f"{v:.4g}") for v in i_div.flat]).reshape(shape)
-        return dict(i_div=i_div, eps=eps, ste=ste, weights=weights(*shape))
+        return dict(i_div=i_div, eps="adaptive", ste=ste, weights=weights(*shape))
 
     n, e = r.randint(5, 9), 4 * r.randint(2, 4)
     u = (r.permutation(33) - 8) / 8
     grid, rows = dict(u=u.reshape(3, 11), threshold=0.5), r.randint(5, 8)
-    constant = np.append(dyadic(0, 3, n), [0.5, 1])
+    constant, rates = dict(currents=np.append(dyadic(0, 3, n), [0.5, 1])), r.randint([1, 21], [20, 60]) / 20
     found = dict(
         spike=[dict(u=u, threshold=1.5), grid, grid | dict(dtype="float64")],
         surrogate=[dict(u=u, threshold=1.5, alpha=4.0), grid | dict(alpha=2.0)],
         simulate=[neuron(4.0, 1.0, 4.0, 8, 2, n), neuron(2.0, 1.5, 2.0, 6, 6), neuron(4.0, 1.0, 4.0, 7, 5)],
         f_i_curve=[
-            dict(currents=constant, tau=4.0, threshold=1.5, steps=len(constant)),
-            dict(currents=constant[::-1], tau=2.0, threshold=1.0, steps=16),
+            constant | dict(tau=4.0, threshold=1.5, steps=n + 2),
+            constant | dict(tau=2.0, threshold=1.0, steps=16),
         ],
         currents=[pv(4, 4, 4), pv(n + 8, e, e // 2)],
-        clamp_dale=[clamped(n, e, 3), clamped(n, e, 2, readout=True)],
+        clamp_dale=[clamped(n, e, 3, g_i=(3,), g_e=(e,), b_e=(e,)), clamped(n, e, 2)],
         pv_som_currents=[pv_som(4, 4, 4, 4), pv_som(n + 8, e, e // 2, e // 4)],
         fan_in=[dict(w=some(5, n)), dict(w=some(4, n, 3, 3))],
         weight_mean=[activity(3, n), activity(4, 2, 5, n, x_has_gradient=True)],
         gain=[activity(3, n), activity(4, 2, 5, n, x_has_gradient=True)],
-        poisson_gain=[
-            dict(rate=r.randint(1, 20) / 20, d=100),
-            dict(rate=r.randint(21, 60) / 20, d=int(r.randint(20, 99))),
-        ],
+        poisson_gain=[dict(rate=rates[0], d=100), dict(rate=rates[1], d=int(r.randint(20, 99)))],
         ei_init=[drawn(480, 320, 3, rows, 4, n), drawn(360, 240, 3, 40, readout=True)],
         initialize=[dict(n_layers=3, x=sparse(3, n)), dict(n_layers=1, x=sparse(3, n))],
-        stabilize=[
-            divisors((4, 4, n), "adaptive", True),
-            divisors((4, 3, 2, n), "adaptive", False),
-            divisors((2, 3, n), 0.25, True),
-        ],
+        stabilize=[divisors(True, 4, 4, n), divisors(False, 4, 3, 2, n), divisors(True, 2, 3, n) | dict(eps=0.25)],
         scale_gradient=[dict(w=weights(3, n), factor=0.125, weights=weights(3, n))],
         lateral_weights=[dict(w_ei=some(e, 3), fan_in=int(r.randint(20, 99)), weights=weights(e, 3))],
     )
-
-    def plain(value):
-        return value.tolist() if isinstance(value, np.ndarray) else value
-
-    return {name: [{k: plain(v) for k, v in case.items()} for case in several] for name, several in found.items()}
+    text = json.dumps(found, default=lambda array: array.tolist())
+    return json.loads(text)
 
 
 def mistakes():
@@ -195,6 +184,14 @@ def compile_book(seed):
     return book
 
 
+def of_a5(seed):
+    """The same for what is asked of A5: runs, and the values of each."""
+    sys.path.insert(1, str(HERE / "solutions"))
+    first = np.random.RandomState(seed).randint(10, 10**5)
+    how = [*CONDITIONS[seed % 2 : seed % 2 + 2], "no E-I Init"], [int(first), int(first) + 1], 2
+    return dict(experiment=dict(inputs=how, right=check.experiment(module(student("a5")), *how)[3]))
+
+
 def write(book, path):
     """A book as a file that `check.read` reads. Of a mistake only what differs is written."""
 
@@ -211,17 +208,6 @@ def write(book, path):
         given = {names: [plain(case) for case in cases] for names, cases in entry["given"].items()}
         entries[name] = entry | dict(right=[plain(case) for case in right], given=given, wrong=wrong)
     np.savez_compressed(path, book=np.frombuffer(json.dumps(entries, separators=(",", ":")).encode(), np.uint8))
-
-
-def freeze():
-    from sklearn.datasets import load_digits
-
-    write(compile_book(seed=1), HERE / "expected.npz")
-    digits = load_digits()
-    order = np.random.RandomState(0).permutation(len(digits.data))
-    x, y = digits.images[order].astype(np.uint8), digits.target[order].astype(np.uint8)
-    np.savez_compressed(HERE / "digits.npz", x=x, y=y)
-    print(f"wrote expected.npz, {(HERE / 'expected.npz').stat().st_size / 1000:.0f} kB, and digits.npz")
 
 
 def handout(folder, text=stub):
@@ -251,11 +237,12 @@ def main(argv=None):
     command.add_argument("--user", help="run the submissions as this user (as root, on Linux and macOS)")
     args = parser.parse_args(argv)
     if args.command == "freeze":
-        freeze()
+        write(compile_book(seed=1), HERE / "expected.npz")
+        print(f"wrote expected.npz, {(HERE / 'expected.npz').stat().st_size / 1000:.0f} kB")
     elif args.command == "grade":
         seed = int.from_bytes(os.urandom(3), "big") if args.seed is None else args.seed
         print(f"inputs drawn with --seed {seed}")
-        grade(args.folder, lambda: compile_book(seed), args.seconds, args.user)
+        grade(args.folder, lambda: compile_book(seed) | of_a5(seed), args.seconds, args.user)
     else:
         handout(args.folder, stub if args.command == "handout" else student)
 

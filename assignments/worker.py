@@ -46,9 +46,11 @@ def main():
         try:
             module = check.load(a)
             if part == "answers":
-                answer = check.answers_of(getattr(module, "ANSWERS", None), a)
+                found = check.answers_of(getattr(module, "ANSWERS", None), a)
+                value = found["text"] if found["value"] is None else found["value"]
+                answer = {check.QUESTIONS[a]: value, "sentences": found["sentences"]}
             elif part == "experiment":
-                answer = check.experiment(module)
+                answer = check.experiment(module, *replaced)
             else:
                 answer = observe(part, module, given["questions"][part], replaced)
         except Problem as problem:

@@ -160,11 +160,7 @@ def run(condition, seed, epochs=EPOCHS):
 
 def experiment(conditions=tuple(CONDITIONS), seeds=tuple(SEEDS), epochs=EPOCHS):
     """The list of the dicts of `run` for each condition and each seed, with the same number of epochs."""
-    rows = []
-    for condition in conditions:
-        for seed in seeds:
-            rows.append(run(condition, seed, epochs))
-    return rows
+    return [run(condition, seed, epochs) for condition in conditions for seed in seeds]
 
 
 def plot(rows, path):
