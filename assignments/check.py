@@ -19,7 +19,6 @@ import sys
 import types
 import zipfile
 import zlib
-from functools import partial
 from importlib.util import find_spec
 
 try:
@@ -38,9 +37,8 @@ POINTS = {
     "a4": dict(stabilize=10, scale_gradient=5, lateral_weights=5),
     "a5": {"experiment": 5, "results.csv": 5, "a5.png": 2, "sentences": 3},
 }
-QUESTIONS = dict(
-    a1="smallest_current", a2="scaled_input", a3="gain_for_poisson", a4="gradient_without_ste", a5="silent_loss"
-)
+QUESTIONS = "smallest_current scaled_input gain_for_poisson gradient_without_ste silent_loss"
+QUESTIONS = dict(zip(FILES, QUESTIONS.split(), strict=True))  # the key in the ANSWERS of each
 ID = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,39}"
 HAND_IN = [*(f"{file}.py" for file in FILES.values()), "results.csv", "a5.png"]
 BROKEN = {}  # only when it is graded: assignments whose files do not run -> why
@@ -86,11 +84,6 @@ def same(a, b, key):
     return np.shape(a[key]) == np.shape(b[key]) and not differs(a[key], b[key], key).any()
 
 
-def first_difference(found, right):
-    """The first array in which two cases differ, by name; or None. Code numbers of kinds (~) are not compared."""
-    return next((key for key in right if key[0] != "~" and not same(found, right, key)), None)
-
-
 def plain(text):
     """What `observe` says, without the place; of an exception its kind alone, for torch changes its words."""
     text = re.sub(r"^\S+\.py, line \d+: ", "", text) if isinstance(text, str) else ""
@@ -121,12 +114,8 @@ def agreement(found, right, outcome):
     return sum(agrees for _, _, agrees in rows) + len(texts)
 
 
-def verdict(function, found, entry, right=None):
-    """(right?, text, name of the mistake or None) for what `observe` has found.
-
-    right: what is compared with, if it is not that of the entry.
-    """
-    right = right or entry["right"]
+def verdict(function, found, entry, right):
+    """(right?, text, name of the mistake or None) for what `observe` has found, and for what is right."""
     known = [(agreement(found, right, outcome), name, text) for name, text, outcome in entry["wrong"]]
     best, name, called = max(known, key=lambda k: k[0], default=(0, None, None))
     name, called = (name, f"{name}. {called}") if best else (None, "")
@@ -136,8 +125,7 @@ def verdict(function, found, entry, right=None):
         where = f"case {case}" + (f" ({numbers})" if numbers else "")
         if isinstance(f, str):
             return False, f + (f" - {called}" if called else f", {where}" * (case > 0)), name
-        key = first_difference(f, r)
-        if key:
+        for key in (key for key in r if key[0] != "~" and not same(f, r, key)):
             text = f"{called or 'wrong, and no mistake that I know.'} First difference, {where}: {key}"
             index = tuple(int(i) for i in np.argwhere(differs(f[key], r[key], key))[0])
             if index:
@@ -151,13 +139,11 @@ def verdict(function, found, entry, right=None):
 
 
 def verdicts(a, book, look):
-    """(part, points, right?, text, mistake) for each function of an assignment.
-
-    look: a function of a name and of names that are replaced by stand-ins: what `observe` finds.
-    """
+    """(part, points, right?, text, mistake) for each function of an assignment. look: a function of its name and of the
+    names that are replaced: what `observe` finds."""
     wrong = {}
     for name, points in POINTS[a].items():
-        right, text, mistake = verdict(name, look(name, ()), book[name])
+        right, text, mistake = verdict(name, look(name, ()), book[name], book[name]["right"])
         suspects = [other for other in USES.get(name, ()) if other in wrong]
         groups = [group for n in range(len(suspects)) for group in itertools.combinations(suspects, n + 1)]
         for group in groups:
@@ -190,24 +176,18 @@ def own_numbers(student):
     )
 
 
-def fail(sentence, *args, **options):
-    """A function that is not there, once it has its sentence."""
-    raise Problem(sentence)
-
-
 def load(a):
     """The student's module, or a Problem. A5 imports a1 to a4: what fails there shall not cost the points of A5."""
     if a in BROKEN:
         raise Problem(BROKEN[a])
     for earlier in list(FILES)[:4] if a == "a5" else ():
         try:
-            module, sentence = load(earlier), "the file has no such function"
-        except Problem as problem:
-            module, sentence = types.ModuleType(FILES[earlier]), f"the file cannot be imported: {problem}"
-            sys.modules[FILES[earlier]] = module
+            module = load(earlier)
+        except Problem:
+            module = sys.modules[FILES[earlier]] = types.ModuleType(FILES[earlier])
         for name in POINTS[earlier]:
-            if not hasattr(module, name):
-                setattr(module, name, partial(fail, sentence))
+            if not hasattr(module, name):  # a text is no function, which is what the check of a1 to a4 says
+                setattr(module, name, "missing")
     try:
         return importlib.import_module(FILES[a])
     except (Exception, SystemExit) as error:
@@ -219,8 +199,7 @@ def load(a):
 
 def answers_of(given, a):
     """What ANSWERS hold, whatever a student has made of them: value, a float or None; text; sentences, a list."""
-    given = given if isinstance(given, dict) else {}
-    answer, sentences = given.get(QUESTIONS[a]), given.get("sentences")
+    answer, sentences = (given.get(k) if isinstance(given, dict) else None for k in (QUESTIONS[a], "sentences"))
     try:
         text = "" if answer is None else str(answer)[:60].encode(errors="backslashreplace").decode()
         value = float("nan" if isinstance(answer, bool | str | bytes | None) else answer)
@@ -231,23 +210,18 @@ def answers_of(given, a):
 
 
 def results(a, book, look, answers, files, others_right=True):
-    """(part, points, right?, text, name of the mistake or None) for each part of an assignment, one after the other.
-
-    look: see `verdicts`. answers: see `answers_of`. files: name -> bytes, of results.csv and a5.png, if they are there.
-    """
+    """(part, points, right?, text, name of the mistake or None) for each part of an assignment. look: see `verdicts`.
+    answers: see `answers_of`. files: name -> bytes, of results.csv and a5.png, if they are there."""
     if a != "a5":
         yield from verdicts(a, book, look)
         return
     n, png = sum(len(text.split()) >= 5 for text in answers["sentences"]), files.get("a5.png", b"")
     drawn = png.startswith(b"\x89PNG\r\n\x1a\n")
-    of_part = {
-        "experiment": look("experiment", ()),
-        "results.csv": verdict_of(look_at_table, files.get("results.csv"), others_right),
-    }
-    of_part["a5.png"] = drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None
-    of_part["sentences"] = n >= 5, f"{n} of 5 are written" + ("; your lecturer reads them" if n >= 5 else ""), None
-    for part, points in POINTS[a].items():
-        yield part, points, *of_part[part]
+    found = [look("experiment", ()), verdict_of(look_at_table, files.get("results.csv"), others_right)]
+    found += [(drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None)]
+    found += [(n >= 5, f"{n} of 5 are written" + ("; your lecturer reads them" if n >= 5 else ""), None)]
+    for part, found_there in zip(POINTS[a].items(), found, strict=True):
+        yield *part, *found_there
 
 
 def own_results(a, book):
@@ -274,17 +248,16 @@ def own_results(a, book):
 # ---- the command line ----
 
 
-def check(names):
-    """Prints what is right and what is not. Returns the exit status."""
+def check(names, all_parts=True):
+    """Prints what is right and what is not, or the latter alone. Returns the exit status."""
     book, total, possible, right = read(), 0, 0, True
     for a in names:
         print(f"{FILES[a]}.py")
-        for part, points, good, text, _ in own_results(
-            a, book
-        ):  # printed one by one: a loop without end shows where it is
+        for part, points, good, text, _ in own_results(a, book):  # printed at once: an endless loop shows where it is
             got = points if good else 0
             total, possible, right = total + got, possible + points, right and good
-            print(f"  {got:2}/{points:<2}  {part}: {text}" if points else f"  -      {part}: {text}", flush=True)
+            if all_parts or not good:
+                print(f"  {got:2}/{points:<2}  {part}: {text}" if points else f"  -      {part}: {text}", flush=True)
     print(f"{total} of {possible} points; the other 10 points, 2 for the question of each assignment, are given later")
     return 0 if right else 1
 
@@ -302,21 +275,14 @@ def setup(student):
 
 
 def submit(student):
-    path, book, done = HERE / f"submission-{student}.zip", read(), True
+    path = HERE / f"submission-{student}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as file:
         file.writestr("id.txt", student)
-        for path in (HERE / name for name in HAND_IN if (HERE / name).is_file()):
-            file.write(path, path.name)
+        for name in (name for name in HAND_IN if (HERE / name).is_file()):
+            file.write(HERE / name, name)
     print(f"wrote {path}\nIt was made for the numbers of {student}: those of python check.py setup --id {student}")
-    print(
-        "What is in it is checked now. Hand it in as it is, or mend what is listed here and make it again:", flush=True
-    )
-    for a in FILES:
-        for part, _, good, text, _ in own_results(a, book):
-            done = done and good
-            if not good:
-                print(f"  {part}: {text}", flush=True)
-    print("Everything is done." if done else "Nothing else.")
+    print("You can hand it in. What follows is not right in it, or not done; mend it and make it again:", flush=True)
+    check(list(FILES), all_parts=False)
     return 0
 
 

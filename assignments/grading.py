@@ -49,10 +49,9 @@ def members(path):
     """(name, date, whether it is a regular file, a function that opens it) of what is in a zip file or a folder."""
     mode = path.lstat().st_mode
     if stat.S_ISDIR(mode):
-        for root, _, names in os.walk(path):
-            for file in (Path(root, name) for name in names):
-                date, regular = time.localtime(file.lstat().st_mtime)[:6], stat.S_ISREG(file.lstat().st_mode)
-                yield file.relative_to(path).as_posix(), date, regular, lambda file=file: open(file, "rb")
+        for file in (Path(root, name) for root, _, names in os.walk(path) for name in names):
+            date, regular = time.localtime(file.lstat().st_mtime)[:6], stat.S_ISREG(file.lstat().st_mode)
+            yield file.relative_to(path).as_posix(), date, regular, lambda file=file: open(file, "rb")
     elif stat.S_ISREG(mode) and path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for i in archive.infolist():
@@ -106,12 +105,9 @@ def collect(folder):
     for entry in sorted(folder.iterdir()):
         if re.fullmatch(r"\..*|remarks|grades\.csv|mistakes\.csv", entry.name, re.S):  # not handed in
             continue
-        paths = [entry]
-        if stat.S_ISDIR(entry.lstat().st_mode):
-            inside = [Path(root, name) for root, _, names in os.walk(entry) for name in names]
-            paths = [p for p in inside if p.suffix.lower() == ".zip" and not p.name.startswith(".")] or [entry]
-        for path in paths:
-            found = submission(path, folder)
+        inside = [Path(root, name) for root, _, names in os.walk(entry) if not entry.is_symlink() for name in names]
+        zips = [path for path in inside if path.suffix.lower() == ".zip" and not path.name.startswith(".")]
+        for found in (submission(path, folder) for path in zips or [entry]):
             by_id[found.id.lower()].append(found)
     if not by_id:
         raise ValueError(f"{folder} holds nothing that was handed in")
@@ -130,7 +126,7 @@ def children():
     """The processes that this one has started or inherited, on Linux."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, IndexError):  # it has ended in the meantime
             if int(path.read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
                 found.add(int(path.parent.name))
     return found
@@ -141,6 +137,7 @@ class Trial:
 
     A part may take `seconds`. In a file in which one did not end, each of the others may take 10 seconds, and the whole
     file 2 `seconds`. A submission may take 10 `seconds`. A part that was not the first in its process is run again.
+    user: of the system, who runs it.
     """
 
     def __init__(self, files, questions, seconds, user):
@@ -153,11 +150,13 @@ class Trial:
         for name, data in (self.files | PROGRAM).items():
             Path(self.folder.name, name).write_bytes(data)
         if self.user:
-            shutil.chown(self.folder.name, self.user)
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        options = dict(cwd=self.folder.name, env=environment, user=self.user, start_new_session=True)
-        self.process = subprocess.Popen([sys.executable, "worker.py"], **streams, **options)
+            try:
+                shutil.chown(self.folder.name, self.user)
+            except (LookupError, OSError) as error:
+                raise OSError(f"--user {self.user} needs the rights of root, and such a user: {error}") from None
+        options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, user=self.user)
+        options |= dict(cwd=self.folder.name, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+        self.process = subprocess.Popen([sys.executable, "worker.py"], start_new_session=True, **options)
         self.answers, self.worked = queue.Queue(10), False
 
         def read(lines, answers):
@@ -217,11 +216,13 @@ class Trial:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
-        while left := children() - self.others:  # what has a session of its own: `grade` has let us inherit it
-            for pid in left:
+        for _ in range(1000):  # what has a session of its own: `grade` has let us inherit it; then its children, too
+            for pid in children() - self.others:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
+            if not children() - self.others:
+                break
         with contextlib.suppress(OSError, queue.Empty):
             self.process.stdin.close()
             while self.answers.get(timeout=1):  # until the thread that reads has ended
@@ -353,23 +354,19 @@ def save(folder, rows, remarks):
 
 def graded_before(folder):
     """(rows by id, remarks by id) of an earlier grading."""
-    rows = {}
-    if (folder / "grades.csv").exists():
-        with open(folder / "grades.csv", newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
-                raise ValueError(f"grades.csv in {folder} is not as `grade` writes it: move it away")
-            rows = {row["id"].lower(): row for row in reader}
+    path, rows = folder / "grades.csv", []
+    if path.exists():
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig", "replace"), newline="")))
+        if any(list(row) != COLUMNS or None in row.values() for row in rows):
+            raise ValueError(f"{path} is not as `grade` writes it: move it away")
     paths = [p for p in (folder / "remarks").glob("*.txt") if p.is_file() and not p.is_symlink()]
-    return rows, {path.stem: path.read_bytes().decode(errors="replace") for path in paths}
+    remarks = {path.stem: path.read_bytes().decode(errors="replace") for path in paths}
+    return {row["id"].lower(): row for row in rows}, remarks
 
 
 def grade(folder, make_book, seconds=30, user=None):
     """Grades what is in a folder, and goes on where an earlier grading was stopped. What is done is written at once.
-
-    make_book: makes new inputs, what is right, and what known mistakes do, see `check.read`. seconds: see `Trial`.
-    user: of the system, who runs the submissions.
-    """
+    make_book: makes new inputs, and what is right, see `check.read`. seconds, user: see `Trial`."""
     found, (rows, remarks) = collect(folder), graded_before(folder)
     left = [f for f in found if rows.get(f.id.lower(), {}).get("fingerprint") != f.fingerprint]
     left.sort(key=lambda f: (remarks.get(f.id) == STARTED, f.id))  # what may have stopped the last grading comes last

@@ -236,6 +236,8 @@ def main(argv=None):
     command.add_argument("--seed", type=int, help="of the hidden inputs (a new one each time)")
     command.add_argument("--user", help="run the submissions as this user (as root, on Linux and macOS)")
     args = parser.parse_args(argv)
+    if not 0 < getattr(args, "seconds", 1) < 1e5:
+        parser.error(f"--seconds is a positive number, not {args.seconds}")
     if args.command == "freeze":
         write(compile_book(seed=1), HERE / "expected.npz")
         print(f"wrote expected.npz, {(HERE / 'expected.npz').stat().st_size / 1000:.0f} kB")

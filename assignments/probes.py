@@ -109,8 +109,7 @@ def gradient(out, weights, x, keep=False):
 
 
 # A probe calls a function of a student's module m for a case c, and returns arrays by name. A name with "dL/" is a
-# gradient. A name that begins with "~" is no part of what is right: it is a code number for the kind of a mistake, so
-# that the mistake is known again whatever number stands in it.
+# gradient. A name with "~" is no part of what is right: it is a code number for a kind of mistake.
 
 
 def simulate(m, c):
@@ -121,8 +120,8 @@ def simulate(m, c):
     u, s = tensor(out[0], current, "u"), tensor(out[1], current, "s")
     c.unchanged()
     before = (u - current)[0].detach()  # what is there at the first step, besides the current
-    begins = torch.allclose(before, before.max(), atol=1e-5) and before.abs().max() > 1e-4
-    found = {"u": u, "s": s, "~does not begin at 0": float(begins)}
+    begins = bool(torch.allclose(before, before.max(), atol=1e-5) and before.abs().max() > 1e-4)
+    found = {"u": u, "s": s, "~does not begin at 0": begins}
     return found | {"dL/dI": gradient(s, c["weights"], current, keep=True), "~dL/dI of u": gradient(u, 1, current)}
 
 
@@ -164,14 +163,11 @@ def clamp_dale(m, c):
 
 def drawn(w, before):
     """The kind of a distribution: 0 as it was, 1 constant, 2 of any sign, 3 as an exponential, 4 another."""
-    if np.array_equal(w, before):
-        return 0
-    if w.std() <= 1e-3 * abs(w.mean()):
-        return 1
+    if np.array_equal(w, before) or w.std() <= 1e-3 * abs(w.mean()):
+        return 0 if np.array_equal(w, before) else 1
     if w.min() < 0:
         return 2
-    below = (w < w.mean()).mean()  # of an exponential 0.632
-    return 3 if abs(w.std() / w.mean() - 1) < 0.06 and abs(below - 0.632) < 0.03 else 4
+    return 3 if abs(w.std() / w.mean() - 1) < 0.06 and abs((w < w.mean()).mean() - 0.632) < 0.03 else 4
 
 
 def ei_init(m, c):
@@ -218,8 +214,8 @@ def initialize(m, c):
     return {f"input of layer {i + 1}": tensor(x, c["x"], "the input of a layer") for i, x in enumerate(seen)}
 
 
-# Functions of one output: their arguments; the argument that has the shape of the output (None: it is a number); the
-# argument to which the gradient is looked at; the name of the output.
+# Functions of one output: their arguments; the argument with the shape of the output (None: it is a number); the
+# argument of the gradient that is looked at; the name of the output.
 CALLS = {
     "spike": ("u threshold", "u", None, "s"),
     "surrogate": ("u threshold alpha", "u", None, "ds/du"),
@@ -276,27 +272,20 @@ def explain(error):
     """An exception in one line, with the last line of the student's own files on its way."""
     if type(error) is NotImplementedError and not str(error):  # that of a stub says nothing; torch's says something
         return "not done yet"
-    name = type(error).__name__
-    message = f"{name}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
-    message = message.encode(errors="backslashreplace").decode()
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{Path(error.filename).name}, line {error.lineno}: {name}: {error.msg}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
+        places, message = [(error.filename, error.lineno)], f"{type(error).__name__}: {error.msg}"
+    for path, line in ((Path(file), line) for file, line in reversed(places)):
         if path.stem in FILES.values():
-            return f"{path.name}, line {frame.lineno}: {message}"
-    return message
+            message = f"{path.name}, line {line}: {message}"
+            break
+    return message.encode(errors="backslashreplace").decode()
 
 
 def observe(name, module, inputs, replaced=()):
-    """What a function does with each of its inputs: a list of dicts of arrays, or of text where it cannot be compared.
-
-    Args:
-        name: of the function, a key of `PROBES`.
-        module: where the function is.
-        inputs: a list of dicts, one for each case.
-        replaced: names of other functions of the module in whose place there are stand-ins.
-    """
+    """What a function of a module does with each of its inputs: a list of dicts of arrays, or of text where it cannot
+    be compared. replaced: names of other functions of the module in whose place there are stand-ins."""
     found = []
     for given in inputs:
         try:

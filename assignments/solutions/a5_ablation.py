@@ -114,8 +114,8 @@ def accuracy(network, x, y):
 
 
 def run(condition, seed, epochs=EPOCHS):
-    """Trains one network and tests it after each epoch. (10 points, with `experiment`: 5 for what it returns for two
-    other seeds and one epoch, 5 for results.csv)
+    """Trains one network and tests it after each epoch. (10 points, with `experiment`: 5 for what they do with a small
+    network that `check.py` puts in the place of yours, 5 for results.csv)
 
     Everything random depends on the seed: call torch.manual_seed(seed), then make a new Network(condition). E-I Init
     (except under "no E-I Init") with the images of the first training batch, batches(seed, 0)[0]. Then for each epoch
@@ -168,17 +168,13 @@ def plot(rows, path):
 
     Use matplotlib. Import it in here.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    fig, ax = plt.subplots(figsize=(6, 4))
-    ax.scatter([conditions.index(row["condition"]) for row in rows], [row["test_accuracy"] for row in rows], alpha=0.5)
-    ax.set_xticks(range(len(conditions)), conditions)
+    figure = Figure(figsize=(6, 4))
+    ax = figure.subplots()
+    ax.scatter([row["condition"] for row in rows], [row["test_accuracy"] for row in rows], alpha=0.5)
     ax.set(ylabel="test accuracy", ylim=(0, 1))
-    fig.savefig(path)
+    figure.savefig(path)
 
 
 def write_csv(rows, path):
