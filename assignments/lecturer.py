@@ -53,13 +53,14 @@ def cases(seed):
     def neuron(tau, threshold, alpha, *shape):
         current = dyadic(-1, 3, shape)
         current[0, ..., :4] = threshold  # exactly at the threshold
-        current[0, ..., 4] = -0.5
+        current[0, ..., 4], current[2, ..., 0], current[3, ..., 1] = -0.5, -20, 12  # and far from it
         return dict(current=current, tau=tau, threshold=threshold, alpha=alpha, weights=weights(*shape))
 
     def circuit(n_in, n_e, **cells):  # the shapes of the parameters of the interneurons
         x = sparse(2, n_in, 4) if n_in == 4 else some(2, n_in, 3) * (r.rand(2, n_in, 3) < 0.8)
         p = {f"p_{name}": some(*shape) for name, shape in dict(w_ee=(n_e, n_in), **cells).items()}
         p |= dict(p_g_e=some(n_e), p_b_e=weights(n_e))
+        p["p_g_e"][0], p["p_b_e"][-1] = 40, -30  # large currents, too
         return dict(x=x, weights=weights(2, n_e, x.shape[2])) | p
 
     def pv(n_in, n_e, n_i):
