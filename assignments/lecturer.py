@@ -50,17 +50,19 @@ def cases(seed):
     def dyadic(low, high, shape):  # multiples of 1/64: with tau = 2 and 4 the potentials are exact in float32
         return r.randint(64 * low, 64 * high, shape) / 64
 
-    def neuron(tau, threshold, alpha, *shape):
+    def neuron(*shape, **how):  # theta is 1 if it is not given
         current = dyadic(-1, 3, shape)
-        current[0, ..., :4] = threshold  # exactly at the threshold
+        current[0, ..., :4] = how.get("threshold", 1)  # exactly at the threshold
         current[0, ..., 4], current[2, ..., 0], current[3, ..., 1] = -0.5, -20, 12  # and far from it
-        return dict(current=current, tau=tau, threshold=threshold, alpha=alpha, weights=weights(*shape))
+        return dict(current=current, weights=weights(*shape)) | how
 
     def circuit(n_in, n_e, **cells):  # the shapes of the parameters of the interneurons
         x = sparse(2, n_in, 4) if n_in == 4 else some(2, n_in, 3) * (r.rand(2, n_in, 3) < 0.8)
         p = {f"p_{name}": some(*shape) for name, shape in dict(w_ee=(n_e, n_in), **cells).items()}
         p |= dict(p_g_e=some(n_e), p_b_e=weights(n_e))
         p["p_g_e"][0], p["p_b_e"][-1] = 40, -30  # large currents, too
+        for name in {"p_w_ei", "p_w_es", "p_w_ep"} & set(p):  # so that I_EE - I_sub has both signs
+            p[name] = (p[name] / p[name].shape[1]).round(4)
         return dict(x=x, weights=weights(2, n_e, x.shape[2])) | p
 
     def pv(n_in, n_e, n_i):
@@ -92,15 +94,16 @@ def cases(seed):
     n, e = r.randint(5, 9), 4 * r.randint(2, 4)
     u = (r.permutation(33) - 8) / 8
     grid, rows = dict(u=u.reshape(3, 11), threshold=0.5), r.randint(5, 8)
-    constant, rates = dict(currents=np.append(dyadic(0, 3, n), [0.5, 1])), r.randint([1, 21], [20, 60]) / 20
+    curve, rates = dict(currents=np.append(dyadic(0, 2, 10), [0.5, 1, 3, 4.5, 6, 7])), r.randint([1, 21], [20, 60]) / 20
     found = dict(
-        spike=[dict(u=u, threshold=1.5), grid, grid | dict(dtype="float64")],
-        surrogate=[dict(u=u, threshold=1.5, alpha=4.0), grid | dict(alpha=2.0)],
-        simulate=[neuron(4.0, 1.0, 4.0, 8, 2, n), neuron(2.0, 1.5, 2.0, 6, 6), neuron(4.0, 1.0, 4.0, 7, 5)],
-        f_i_curve=[
-            constant | dict(tau=4.0, threshold=1.5, steps=n + 2),
-            constant | dict(tau=2.0, threshold=1.0, steps=16),
+        spike=[dict(u=u, threshold=1.5), grid, grid | dict(dtype="float64"), dict(u=u)],
+        surrogate=[dict(u=u, threshold=1.5, alpha=4.0), grid | dict(alpha=2.0), dict(u=u)],
+        simulate=[
+            neuron(8, 2, n, tau=4.0, threshold=1.5, alpha=3.0),
+            neuron(6, 6, tau=2.0, threshold=0.5),
+            neuron(7, 5),
         ],
+        f_i_curve=[curve | dict(tau=4.0, threshold=1.5, steps=16), curve | dict(tau=2.0, threshold=0.75, steps=24)],
         currents=[pv(4, 4, 4), pv(n + 8, e, e // 2)],
         clamp_dale=[clamped(n, e, 3, g_i=(3,), g_e=(e,), b_e=(e,)), clamped(n, e, 2)],
         pv_som_currents=[pv_som(4, 4, 4, 4), pv_som(n + 8, e, e // 2, e // 4)],
@@ -200,7 +203,7 @@ def write(book, path):
         if isinstance(case, str):
             return case
         text = json.dumps({k: v.tolist() for k, v in case.items() if right is None or not check.same(case, right, k)})
-        return json.loads(text, parse_float=lambda number: float(f"{float(number):.7g}"))
+        return json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
 
     entries = {}
     for name, entry in book.items():

@@ -114,15 +114,13 @@ def gradient(out, weights, x, keep=False):
 
 def simulate(m, c):
     current = c.with_gradient("current")
-    out = m.simulate(current, c["tau"], c["threshold"], c["alpha"])
+    out = m.simulate(current, *(c[name] for name in ("tau", "threshold", "alpha") if name in c))
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise Problem(f"simulate returns {type(out).__name__}, not a pair (u, s)")
     u, s = tensor(out[0], current, "u"), tensor(out[1], current, "s")
     c.unchanged()
-    before = (u - current)[0].detach()  # what is there at the first step, besides the current
-    begins = bool(torch.allclose(before, before.max(), atol=1e-5) and before.abs().max() > 1e-4)
-    found = {"u": u, "s": s, "~does not begin at 0": begins}
-    return found | {"dL/dI": gradient(s, c["weights"], current, keep=True), "~dL/dI of u": gradient(u, 1, current)}
+    found = {"u": u, "s": s, "dL/dI": gradient(s, c["weights"], current, keep=True)}
+    return found | {"~dL/dI of u": gradient(u, 1, current)}
 
 
 def some_currents(function, names, m, c):
@@ -250,7 +248,7 @@ def call(name, m, c):
         c.with_gradient(differentiate or "x")
     found = {}
     for again in ("", ", the second time") if differentiate else ("",):  # what the first call leaves on its input shows
-        out = getattr(m, name)(*(c[argument] for argument in arguments.split()))
+        out = getattr(m, name)(*(c[argument] for argument in arguments.split() if argument in c))
         out = tensor(out, c[like], what) if like else number(out, what)
         c.unchanged()
         if name == "stabilize" and not again:
