@@ -1,234 +1,396 @@
-"""What `check.py` sees in the results of A5. Students need not read this file."""
+"""What `check.py` sees in A5: what `run` does with a network that watches it, and results.csv.
+
+Students need not read this file. The watching network takes the place of `Network`: nothing here depends on A1 to A4.
+"""
 
 import csv
+import inspect
+import io
+import itertools
+import re
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
-from probes import HERE, Problem, explain
+import torch
+import torch.nn.functional as F
+from probes import HERE, Problem, explain, number
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 CONDITIONS, SEEDS, EPOCHS = ("full", "eps=1e-8", "no STE", "no E-I Init"), (0, 1, 2, 3, 4), 5
-N_TRAIN, N_TEST, BATCH = 1437, 360, 32
+N_TRAIN, N_TEST, BATCH, LR, MOMENTUM = 1437, 360, 32, 0.003, 0.9
 N_BATCHES = N_TRAIN // BATCH  # of an epoch
-COLUMNS = dict(condition=str, seed=int, steps=int, g_i=float, first_weight=float, first_loss=float, lowest=float)
-COLUMNS |= dict(by_epoch=lambda text: [float(a) for a in text.split()], test_accuracy=float)
+COLUMNS = "condition seed steps g_i first_weight first_loss lowest by_epoch test_accuracy".split()
+BEFORE = 987654321  # the seed that is set before a run
+PIXELS = torch.from_numpy(np.random.RandomState(0).randint(1, 2**20, 64)).double()  # weights of a sum over an image
 
 
-def rows_of(lines, source):
-    """The lines of an experiment, dicts of text, as dicts of numbers; a Problem names what is wrong in which line."""
-    rows = []
-    for i, line in enumerate(lines, 2 if source == "results.csv" else 1):
-        place = f"{source}, line {i}"
-        if missing := [name for name in COLUMNS if line.get(name) is None]:
-            semicolons = (
-                " It has semicolons, as some tables save it: let write_csv write it." if ";" in str(line) else ""
-            )
-            raise Problem(f"{place}: there is no {missing[0]}; the columns are {', '.join(COLUMNS)}.{semicolons}")
-        row = {}
-        for name, kind in COLUMNS.items():
-            try:
-                row[name] = kind(line[name])
-            except ValueError:
-                raise Problem(f"{place}: {name} is {line[name][:40]!r}, which is no number") from None
-            numbers = [] if kind is str else np.atleast_1d(row[name]).tolist()
-            if not all(abs(n) < 1e12 for n in numbers):
-                raise Problem(f"{place}: {name} is {line[name][:40]}, and it should be a number of usual size")
-        if not row["by_epoch"]:
-            raise Problem(f"{place}: by_epoch is empty")
-        rows.append(row)
-    return rows
+class Run:
+    """A run of a student: what it is called with, and what is written down while it goes on.
+
+    events: a letter for each thing that happens, in order: N a network is made, I E-I Init, B a backward pass, S a step
+    of an optimiser, 0 1 2 a layer is clamped, = there is nothing to clamp. Images are tuples of their numbers.
+    """
+
+    def __init__(self, condition, seed, epochs):
+        self.condition, self.seed, self.epochs, self.events, self.over = condition, seed, epochs, "", False
+        with np.load(HERE / "digits.npz") as file:
+            self.x, self.y = torch.from_numpy(file["x"]).float()[:, None] / 16, torch.from_numpy(file["y"]).long()
+        self.numbers = {code: i for i, code in enumerate(self.codes(self.x))}
+        self.wanted, self.seen = self.order(seed), []
+        self.inits, self.losses, self.steps, self.lows, self.accuracies = [], [], [], [], []
+
+    def codes(self, x):
+        return (16 * x.detach().double().flatten(1) @ PIXELS).tolist()
+
+    def known(self, x):
+        """The numbers of images, -1 for one that is changed."""
+        return tuple(self.numbers.get(code, -1) for code in self.codes(x))
+
+    def order(self, seed):
+        """The images of each batch, as they should be."""
+        epochs = [np.random.RandomState(1000 * seed + epoch).permutation(N_TRAIN) for epoch in range(self.epochs)]
+        rows = np.concatenate([order[: N_BATCHES * BATCH].reshape(-1, BATCH) for order in epochs])
+        return [tuple(row) for row in rows.tolist()]
 
 
-def read_lines(path):
-    """results.csv as a list of dicts of text; a Problem if it is none."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise Problem("not done yet: there is no results.csv") from None
-    except (OSError, UnicodeError, csv.Error):
-        raise Problem("results.csv cannot be read as text; let write_csv write it") from None
+class Watching:
+    """A network with the parameters of `Network`, which is fast and smooth, and writes down what is done with it."""
+
+    def __init__(self, run, condition):
+        self.run, self.condition, self.seed, run.net = run, condition, torch.initial_seed(), self
+        run.events += "N"
+        r = np.random.RandomState(int(torch.randint(2**31 - 1, ())))
+        self.layers = []
+        for n, n_i, inputs in ((16, 4, (1, 3, 3)), (32, 8, (16, 3, 3)), (10, 2, (128,))):
+            shapes = dict(w_ee=(n, *inputs), w_ie=(n_i, *inputs), w_ei=(n, n_i))
+            shapes |= dict(g_i=(n_i,), g_e=(n,), b_e=(n,)) if n > 10 else {}
+            p = {name: torch.tensor(r.uniform(0, 0.2, shape)).requires_grad_() for name, shape in shapes.items()}
+            self.layers.append(p)
+        self.born, self.first = self.start(), None
+        self.gradients = {p: [] for p in self.parameters()}  # since the last step
+        for p, gradients in self.gradients.items():
+            p.register_hook(gradients.append)
+
+    def parameters(self):
+        return [p for layer in self.layers for p in layer.values()]
+
+    def start(self):
+        return dict(g_i=self.layers[0]["g_i"][0].item(), first_weight=self.layers[0]["w_ee"].flatten()[0].item())
+
+    def initialize(self, x):
+        self.run.events += "I"
+        self.run.inits.append(self.run.known(x))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(1 + x.mean().item())
+
+    def forward(self, p, x):
+        y = x @ p["w_ee"].flatten(1).T - x @ p["w_ie"].flatten(1).T @ p["w_ei"].T
+        return p["g_e"] * y / (1 + p["g_i"].sum()) + p["b_e"] if "g_e" in p else y
+
+    def logits(self, x):
+        nine, sixteen = (F.adaptive_avg_pool2d(x.double(), n).flatten(1) for n in (3, 4))
+        h = self.forward(self.layers[0], nine)  # (B, 16)
+        h = self.forward(self.layers[1], (h[:, :, None] * nine[:, None]).flatten(1))  # (B, 32)
+        z = 5 * self.forward(self.layers[2], (h[:, :8, None] * sixteen[:, None]).flatten(1))  # (B, 10)
+        return -z if len(self.run.losses) >= 2 * N_BATCHES else z  # so that the last epoch is not the best one
+
+    def __call__(self, x):
+        if self.run.over:
+            raise Problem("Each run needs a new Network(condition).", "network reused")
+        self.settle()
+        z = self.logits(x)
+        if z.requires_grad:
+            self.first = self.first or self.start()
+            z.register_hook(partial(self.backward, self.run.known(x), z.detach()))
+        return z
+
+    def backward(self, seen, z, gradient):
+        """Is called in each backward pass, with the gradient of the logits z."""
+        if self.run.losses and len(self.run.losses) % N_BATCHES == 0:
+            self.test()
+        self.run.events += "B"
+        self.run.seen.append(seen)
+        self.run.losses.append((z, gradient.detach().clone()))
+
+    @torch.no_grad()
+    def test(self):
+        """The accuracies on the test images and on the training images."""
+        right = (self.logits(self.run.x).argmax(1) == self.run.y).double()
+        self.run.accuracies.append((right[N_TRAIN:].mean().item(), right[:N_TRAIN].mean().item()))
+
+    def step(self, optimizer):
+        """Is called after each step of an optimiser."""
+        self.settle()
+        group = optimizer.param_groups[0]
+        step = dict(optimizer=id(optimizer), kind=type(optimizer).__name__, lr=group["lr"], low=self.lowest())
+        step |= dict(momentum=group.get("momentum", 0), n=sum(len(g["params"]) for g in optimizer.param_groups))
+        step |= dict(options=[k for k in ("weight_decay", "dampening", "nesterov", "maximize") if group.get(k)])
+        now = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters()]
+        new = [sum(gradients, torch.zeros_like(p)) for p, gradients in self.gradients.items()]
+        old = self.run.steps[-1]["gradients"] if self.run.steps else new
+        step |= dict(gradients=now, none=not any(g.any() for g in now))
+        step["new"] = all(map(torch.allclose, now, new))
+        step["added"] = not step["new"] and all(torch.allclose(a, b + c) for a, b, c in zip(now, new, old, strict=True))
+        self.run.steps.append(step)
+        self.run.events += "S"
+        for gradients in self.gradients.values():
+            gradients.clear()
+
+    def clamp(self, p):
+        """Takes the place of `clamp_dale`: the values show that it was called, and nothing else."""
+        self.run.events += "".join(str(i) for i, layer in enumerate(self.layers) if layer["w_ee"] is p["w_ee"])
+        with torch.no_grad():
+            for value in p.values():
+                value.sub_(value.clamp(max=0) / 2)
+
+    def settle(self):
+        """All that follows a step is done."""
+        if len(self.run.lows) < len(self.run.steps):
+            self.run.lows.append(self.lowest())
+            if self.run.events[-1] == "S" and self.lowest() >= 0:  # nothing to clamp, or clamped by other means
+                self.run.events += "=" if self.run.steps[-1]["low"] >= 0 else "012"
+
+    def lowest(self):
+        return min(t.min().item() for p in self.layers for name, t in p.items() if name != "b_e")
 
 
-def experiment(module, conditions, seeds, epochs):
-    """What a student's experiment returns, as the lines that would stand in results.csv; or a text that says what is
-    wrong with it."""
-    try:
-        if not callable(getattr(module, "experiment", None)):
-            return "the file has no such function"
-        rows = module.experiment(tuple(conditions), tuple(seeds), epochs)
-        if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
-            return f"it returns {type(rows).__name__}, not a list of dicts"
-        lines = [{str(name): str(value) for name, value in row.items()} for row in rows]
-        for row, line in zip(rows, lines, strict=True):
-            if "by_epoch" in row:
-                line["by_epoch"] = " ".join(str(float(a)) for a in row["by_epoch"])
-        return lines
-    except (Exception, SystemExit) as error:
-        return explain(error, HERE)
+LOSSES = {  # what is taken for the cross-entropy, of logits z and labels y
+    "the loss is summed over the batch": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+    "softmax before the cross-entropy": lambda z, y: F.cross_entropy(z.softmax(1), y),
+    "no logarithm of the softmax": lambda z, y: F.nll_loss(z, y),
+    "squared error for the cross-entropy": lambda z, y: F.mse_loss(z, F.one_hot(y, 10).to(z.dtype)),
+    "squared error of the softmax": lambda z, y: F.mse_loss(z.softmax(1), F.one_hot(y, 10).to(z.dtype)),
+    "binary cross-entropy": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 10).to(z.dtype)),
+}
 
 
-def first_layer(x):
-    """What E-I Init gives to the first layer for images x, (B, 8, 8), shown for two time steps each: g_I and m."""
-    x = np.concatenate([x, x]).astype(np.float64) / 16
-    square, var, d = (x**2).mean(), x.var(0, ddof=1).mean(), 9
-    return np.sqrt(square + var) / (np.sqrt(d) * x.mean()), np.sqrt(var / (d * (square + var)))
+def loss_of(run):
+    """The name of what is taken for the loss; False for the right one, and True for one that is not known."""
+    losses = {False: F.cross_entropy} | LOSSES
+    for seen, (z, gradient) in zip(run.seen, run.losses, strict=True):
+        if not gradient.isfinite().all():
+            return False  # the training has failed for another reason
+        z, y = z.clone().requires_grad_(), run.y[list(seen)]
+        slopes = ((name, torch.autograd.grad(loss(z, y), z)[0]) for name, loss in losses.items())
+        name = next((name for name, slope in slopes if torch.allclose(slope, gradient, 1e-4, 1e-8)), True)
+        if name:
+            one_hot = (z.softmax(1) - len(z) * gradient).sort(1)[0]  # what the labels would have to be
+            others = torch.allclose(one_hot, torch.tensor([0.0] * 9 + [1]).double(), atol=1e-3)
+            return "the labels of other images" if others else name
+    return False
+
+
+def other(run, name, right):
+    """What the optimiser has in place of what is right, or False."""
+    found = [step[name] for step in run.steps if step[name] != right]
+    return str(found[0]) if found else False
+
+
+# What may be wrong in a run, in the order in which it is looked for: the name of the mistake (with a ? in front, where
+# it may be one of several), and how it is known: by all events, or by what a function of the run returns (False, True,
+# or what is there in place of the right).
+RULES = [
+    ("no new network in a run: Make Network(condition)", r"[^N]*"),
+    ("more than one network in a run: Make it before the loops", r".*N.*B.*N.*B.*"),
+    ("no seed in `run`: Call torch.manual_seed(seed) in each run, before Network", lambda r: r.net.seed == BEFORE),
+    ("another seed in torch.manual_seed", lambda r: r.net.seed != r.seed and str(r.net.seed)),
+    ("condition ignored: Make Network(condition)", lambda r: r.net.condition != r.condition and r.net.condition),
+    ("E-I Init under every condition", lambda r: r.condition == "no E-I Init" and "I" in r.events),
+    ("E-I Init forgotten", lambda r: r.condition != "no E-I Init" and "I" not in r.events),
+    ("E-I Init within the training: It comes once, before the first step", r".*[IS].*I.*"),
+    ("initialised on test data", lambda r: any(min(images) >= N_TRAIN for images in r.inits)),
+    ("initialised on the whole training set", lambda r: any(len(images) >= N_TRAIN for images in r.inits)),
+    ("the batches of another seed", lambda r: r.seen == r.order(0)),
+    ("?E-I Init with other images than batches(seed, 0)[0]", lambda r: any(i != r.wanted[0] for i in r.inits)),
+    ("no backward pass", lambda r: r.net.first and not r.losses),
+    ("?Nothing is learned: no batch is given to the network", r"[^B]*"),
+    ("trained on test images", lambda r: any(max(images) >= N_TRAIN for images in r.seen)),
+    ("the same order in each epoch", lambda r: r.epochs > 1 and r.seen == r.wanted[:N_BATCHES] * r.epochs),
+    ("?It does not learn from batches(seed, epoch)", lambda r: r.seen[: len(r.wanted)] != r.wanted[: len(r.seen)]),
+    ("?The loss is not F.cross_entropy(network(images), labels)", loss_of),
+    ("no optimizer.step()", lambda r: not r.steps and r.net.start() == r.net.first),
+    ("?The weights are changed, but not by torch.optim", r"[^S]*"),
+    ("the step before the backward pass", r"[^B]*S.*"),
+    ("not one step for each batch", r".*(B[012=]*B|S[012=]*S).*"),
+    ("not all parameters are trained", lambda r: other(r, "n", len(r.net.parameters()))),
+    ("zero_grad between backward and step", lambda r: any(step["none"] for step in r.steps)),
+    ("no zero_grad: Gradients of earlier batches are added", lambda r: any(step["added"] for step in r.steps)),
+    ("?The gradients of a step are not those of its loss", lambda r: not all(step["new"] for step in r.steps)),
+    ("another optimiser than SGD", lambda r: other(r, "kind", "SGD")),
+    (f"another learning rate than LR = {LR}", lambda r: other(r, "lr", LR)),
+    (f"another momentum than MOMENTUM = {MOMENTUM}", lambda r: other(r, "momentum", MOMENTUM)),
+    ("another option of the optimiser than lr and momentum", lambda r: other(r, "options", [])),
+    ("a new optimiser within the training", lambda r: len({step["optimizer"] for step in r.steps}) > 1),
+    ("another number of steps: 44 in each epoch", lambda r: len(r.steps) != len(r.wanted) and f"{len(r.steps)} in all"),
+    ("no clamp: Call clamp_dale for each layer after each step", r"(?=.*S([^012=]|$))[^012]*"),
+    ("clamp before the step: Call clamp_dale after optimizer.step()", r".*B[012]+S.*"),
+    ("not every layer is clamped", lambda r: not all(layer in r.events for layer in "012")),
+    ("?clamp_dale is not called for each layer after each step", r"(?!NI?(BS(012|021|102|120|201|210|=))*$).*"),
+]  # fmt: skip
+
+
+def values_of(run):
+    """What `run` should return, but for condition and seed: what the network saw."""
+    z, y = run.losses[0][0], run.y[list(run.seen[0])]
+    found = dict(steps=len(run.steps), **run.net.first, first_loss=F.cross_entropy(z, y).item(), lowest=min(run.lows))
+    tested = [tested for tested, _ in run.accuracies]  # after each epoch
+    return found | dict(by_epoch=tested, test_accuracy=tested[-1])
 
 
 def near(a, b):
-    """Whether two numbers are the same but for rounding in float32."""
-    return abs(a - b) <= 5e-5 * abs(b)
+    return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-9)
 
 
-def fault(rows, conditions=CONDITIONS, seeds=SEEDS, epochs=EPOCHS):
-    """What is wrong with an experiment: (name of the mistake or None, sentence); or None if nothing is."""
-    wanted = [(condition, seed) for condition in conditions for seed in seeds]
-    present = [(row["condition"], row["seed"]) for row in rows]
-    for key in wanted:
-        if present.count(key) != 1:
-            return None, f"There are {present.count(key)} lines for {key[0]!r}, seed {key[1]}, and there should be 1."
-    rows = [row for row in rows if (row["condition"], row["seed"]) in wanted]
-    conditions, seeds = tuple(conditions), tuple(seeds)
-    for find in (of_steps, of_start, of_clamp, of_accuracy):
-        if found := find(rows, conditions, seeds, epochs):
-            return found
-    return None
+def compare(run, row):
+    """Raises a Problem for the first entry of the dict that is not what the network saw."""
+    tested, trained = np.transpose(run.accuracies)
+    usual = [("first_loss", "another first loss", None), ("test_accuracy", "best epoch reported", max(tested))]
+    usual += [(key, "read before E-I Init", value) for key, value in run.net.born.items()]
+    usual += [("lowest", "read before the clamp", min(step["low"] for step in run.steps))]
+    for key, a, b in (("by_epoch", tested, trained), ("test_accuracy", tested[-1], trained[-1])):
+        usual += [(key, "training accuracy reported", b), (key, "accuracy in percent", 100 * a)]
+        usual += [(key, "accuracy rounded", np.round(a, n)) for n in (1, 2, 3, 4)]
+        usual += [(key, "accuracies that were not measured", None)]
+    for key, value in (dict(condition=run.condition, seed=run.seed) | values_of(run)).items():
+        if key not in row:
+            raise Problem(f"The dict that `run` returns has no {key}.")
+        found = row[key]
+        if key != "condition":
+            found = [float(number(a, key)) for a in found] if key == "by_epoch" else float(number(found, key))
+        if not (found == value if key == "condition" else near(found, value)):
+            shape = np.shape(found) == np.shape(value)
+            names = [name for k, name, v in usual if k == key and (near(found, v) if v is not None else shape)]
+            raise Problem(f"{key} is {found}, but the network had {value}.", *names[:1])
 
 
-def of_steps(rows, conditions, seeds, epochs):
-    few, many = (f(rows, key=lambda row: row["steps"]) for f in (min, max))
-    if few["steps"] != many["steps"]:
-        return "unequal steps", (
-            f"{few['condition']!r}, seed {few['seed']}, made {few['steps']} optimiser steps, {many['condition']!r}, "
-            f"seed {many['seed']}, made {many['steps']}. Networks that are compared need the same number."
-        )
-    right = N_BATCHES * epochs
-    if few["steps"] != right or any(len(row["by_epoch"]) != epochs for row in rows):
-        return None, (
-            f"Each run made {few['steps']} optimiser steps, and by_epoch has {len(rows[0]['by_epoch'])} accuracies. "
-            f"With {epochs} epochs there should be {right} steps and {epochs} accuracies."
-        )
-    return None
-
-
-def of_start(rows, conditions, seeds, epochs):
-    """g_i, first_weight and first_loss show what a run started from."""
-    with np.load(HERE / "digits.npz") as file:
-        x = file["x"]
-    firsts = {s: first_layer(x[np.random.RandomState(1000 * s).permutation(N_TRAIN)[:BATCH]]) for s in seeds}
-    gains = {seed: g for seed, (g, _) in firsts.items()}
-    with_init = [row for row in rows if row["condition"] != "no E-I Init"]
-    without = [row for row in rows if row["condition"] == "no E-I Init"]
-
-    def text(row, right):
-        return (
-            f"Before the first step g_i of {row['condition']!r}, seed {row['seed']}, is {row['g_i']:.6g}, and it "
-            f"should be {right:.6g}."
-        )
-
-    test = [first_layer(x[N_TRAIN:])[0], first_layer(x[N_TRAIN : N_TRAIN + BATCH])[0]]
-    for row in with_init:
-        right = gains[row["seed"]]
-        if near(row["g_i"], right):
-            continue
-        if row["g_i"] == 1:
-            twins = [r for r in without if r["seed"] == row["seed"]]
-            if all(abs(r["first_loss"] - row["first_loss"]) < 1e-5 for r in twins):
-                return "E-I Init forgotten", text(
-                    row, right
-                ) + " Call network.initialize with the first training batch."
-            return None, text(row, right) + " Read it after E-I Init."
-        if any(near(row["g_i"], g) for g in test):
-            return "initialised on test data", (
-                text(row, right) + " It belongs to the test images, from which nothing may be learned."
-            )
-        if near(row["g_i"], first_layer(x[:N_TRAIN])[0]):
-            return "initialised on the whole training set", text(row, right) + " E-I Init takes the first batch."
-        if any(near(row["g_i"], g) for g in gains.values()):
-            return "seed ignored", text(row, right) + " It belongs to the batches of another seed."
-        if row is not rows[0] and near(rows[0]["g_i"], gains.get(rows[0]["seed"], 0)):
-            return "network reused", text(row, right) + " An earlier run has trained it: each run needs a new Network."
-        return None, text(row, right)
-    for row in without:
-        if row["g_i"] != 1:
-            if near(row["g_i"], gains[row["seed"]]):
-                return "E-I Init under every condition", text(row, 1) + " 'no E-I Init' leaves E-I Init out."
-            return "network reused", text(row, 1) + " An earlier run has changed it: each run needs a new Network."
-    means = {seed: m for seed, (_, m) in firsts.items()}
-    if len(seeds) > 1:
-        for condition in conditions:  # divided by its mean m, a weight shows what was drawn
-            unit = dict.fromkeys(seeds, 1) if condition == "no E-I Init" else means
-            drawn = [row["first_weight"] / unit[row["seed"]] for row in rows if row["condition"] == condition]
-            if all(near(a, drawn[0]) for a in drawn):
-                return "seed ignored", (
-                    f"Under {condition!r} the first weight is the same draw with every seed. The seed decides about "
-                    "the weights too: call torch.manual_seed(seed) before you make the network."
-                )
-    for seed in seeds:
-        pair = [row for row in with_init if row["seed"] == seed]
-        for row in pair:
-            if not near(row["first_weight"], pair[0]["first_weight"]):
-                return "seeded once", (
-                    f"With seed {seed}, the first weight is {pair[0]['first_weight']:.6g} under "
-                    f"{pair[0]['condition']!r}, but {row['first_weight']:.6g} under {row['condition']!r}. Both should "
-                    "start from the same weights: call torch.manual_seed(seed) in each run, before the network is made."
-                )
-            if abs(row["first_loss"] - pair[0]["first_loss"]) > 2e-3:
-                return None, (
-                    f"With seed {seed}, first_loss is {pair[0]['first_loss']:.6g} under {pair[0]['condition']!r}, but "
-                    f"{row['first_loss']:.6g} under {row['condition']!r}. Before the first step they are the same."
-                )
-    return None
-
-
-def of_clamp(rows, conditions, seeds, epochs):
-    low = min(rows, key=lambda row: row["lowest"])
-    if low["lowest"] >= 0:
-        return None
-    text = f"A weight or gain of {low['condition']!r}, seed {low['seed']}, falls to {low['lowest']:.3g}. "
-    text += "By Dale's law none is below 0: call clamp_dale for each layer after each step of the optimiser"
-    one_step = 0.005  # where gradients are stable, a step takes no weight further below 0; several steps do
-    if min((row["lowest"] for row in rows if row["condition"] == "full"), default=-1) < -one_step:
-        return "no clamp", text + "."
-    return "clamp before the step", text + ", not before it."
-
-
-def of_accuracy(rows, conditions, seeds, epochs):
-    for row in rows:
-        where = f"{row['condition']!r}, seed {row['seed']}"
-        for a in (*row["by_epoch"], row["test_accuracy"]):
-            if 0 <= a <= 1 and abs(a * N_TEST - round(a * N_TEST)) < 1e-3:
-                continue
-            if 0 <= a <= 1 and abs(a * N_TRAIN - round(a * N_TRAIN)) < 1e-3:
-                return "training accuracy reported", (
-                    f"{a:.6g} of {where} is a share of the {N_TRAIN} training images, not of the {N_TEST} test images."
-                )
-            return None, f"{a:.6g} of {where} is no share of the {N_TEST} test images. Do not round it; no percent."
-    for row in rows:
-        if row["test_accuracy"] != row["by_epoch"][-1]:
-            text = (
-                f"{row['condition']!r}, seed {row['seed']}: test_accuracy is {row['test_accuracy']:.6g}, but by_epoch "
-            )
-            text += f"ends with {row['by_epoch'][-1]:.6g}."
-            if all(row["test_accuracy"] == max(row["by_epoch"]) for row in rows):
-                return "best epoch reported", text + " The best epoch, chosen by the test images, is too good a number."
-            return None, text
-    if epochs == EPOCHS:
-        full = {row["seed"]: row["by_epoch"] for row in rows if row["condition"] == "full"}
-        best = max(max(accuracies) for accuracies in full.values())
-        if best < 0.5:
-            return None, f"Under 'full' no accuracy is above {best:.3g}. Does the optimiser make its steps?"
-        for condition in ("eps=1e-8", "no E-I Init"):
-            if all(row["by_epoch"] == full[row["seed"]] for row in rows if row["condition"] == condition):
-                return "condition ignored", f"Under {condition!r} every accuracy is the same as under 'full'."
-    return None
-
-
-def judged(lines, source="results.csv", conditions=CONDITIONS, seeds=SEEDS, epochs=EPOCHS):
-    """(right?, text, name of the mistake or None) for the lines of an experiment, or for what was said instead."""
+def watched(module, function, run):
+    """The row that a student's `run` returns. Raises a Problem if something is wrong."""
+    given = dict(Network=partial(Watching, run), clamp_dale=lambda p: run.net.clamp(p))
+    given["initialize"] = lambda layers, x, *_: run.net.initialize(x[: len(x) // 2])  # of two time steps
+    Watching(run, run.condition)  # until there is one
+    run.events = ""
+    watching = register_optimizer_step_post_hook(lambda optimizer, *_: run.net.step(optimizer))
+    torch.manual_seed(BEFORE)
     try:
-        rows = rows_of(lines, source) if isinstance(lines, list) else None
+        with patch.dict(vars(module), given):
+            row = function(run.condition, run.seed, run.epochs)
+    finally:
+        watching.remove()
+    run.over = True
+    if not isinstance(row, dict):
+        raise Problem(f"`run` returns {'None' if row is None else type(row).__name__}, not a dict.")
+    run.net.settle()
+    run.net.test()
+    for text, rule in RULES:
+        found = re.fullmatch(rule, run.events) is not None if isinstance(rule, str) else rule(run)
+        what = found if isinstance(found, str) else None
+        if found and text[0] == "?":
+            raise Problem(text[1:], what)
+        if found:
+            name, _, more = text.partition(": ")
+            raise Problem(". ".join(filter(None, [more, what and f"It is {what}"])), name)
+    compare(run, row)
+    return row
+
+
+def look_at(module, values, conditions, seeds, epochs):
+    """Calls a student's `experiment`, and watches each run. Raises a Problem if something is wrong."""
+    for name in ("run", "experiment"):
+        if not callable(getattr(module, name, None)):
+            raise Problem(f"the file has no function {name}")
+    wanted = [(condition, seed, epochs) for condition in conditions for seed in seeds]
+    function, rows = module.run, []
+
+    def run(*given, **named):
+        arguments = inspect.signature(function).bind(*given, **named)
+        arguments.apply_defaults()
+        if arguments.args not in wanted or len(rows) == len(wanted):
+            raise Problem(f"experiment{(conditions, seeds, epochs)} calls run{arguments.args}.")
+        run = Run(*arguments.args)
+        rows.append(watched(module, function, run))
+        values[f"{run.condition}, {run.seed}"] = values_of(run)
+        return rows[-1]
+
+    with patch.dict(vars(module), run=run):
+        found = module.experiment(conditions, seeds, epochs)
+    if not isinstance(found, list | tuple) or len(found) != len(wanted) or not all(row in found for row in rows):
+        number_of = len(found) if isinstance(found, list | tuple) else "no list of"
+        raise Problem(f"`experiment` returns {number_of} dicts, not those of the {len(wanted)} runs, each once.")
+
+
+def verdict_of(look, *arguments):
+    """(right?, text, name of the mistake or None) for what a function says by a Problem, or not."""
+    try:
+        look(*arguments)
     except Problem as problem:
-        return False, str(problem), None
-    if rows is None:
-        return False, str(lines), None
-    found = fault(rows, conditions, seeds, epochs)
-    return (True, "right", None) if found is None else (False, ". ".join(filter(None, found)), found[0])
+        return False, str(problem), problem.name
+    except (Exception, SystemExit) as error:
+        return False, explain(error), None
+    return True, "right", None
+
+
+def experiment(module, conditions=("full", "no E-I Init", "no STE"), seeds=(7, 8), epochs=2):
+    """(right?, text, name of the mistake or None, values by run) of a student's `run` and `experiment`."""
+    values = {}
+    return *verdict_of(look_at, module, values, tuple(conditions), tuple(seeds), epochs), values
+
+
+# ---- results.csv ----
+
+
+def rows_of(data):
+    """results.csv, bytes, as a list of dicts; a Problem names what is wrong in which line."""
+    try:
+        lines = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+    except (UnicodeError, csv.Error):
+        raise Problem("it cannot be read as text; let write_csv write it") from None
+    for i, line in enumerate(lines, 2):
+        for name in COLUMNS:
+            text = line.get(name)
+            if text is None:
+                hint = " It has semicolons, as some tables save it: let write_csv write it." * (";" in str(line))
+                raise Problem(f"line {i}: there is no {name}; the columns are {', '.join(COLUMNS)}.{hint}")
+            if name != "condition":
+                try:
+                    line[name] = [float(a) for a in text.split()] if name == "by_epoch" else float(text)
+                except ValueError:
+                    line[name] = []
+                if not np.size(line[name]) or not np.all(np.abs(line[name]) < 1e12):
+                    raise Problem(f"line {i}: {name} is {text[:40]!r}, which is no number of usual size")
+    return lines
+
+
+def look_at_table(data, others_right=True):
+    """Raises a Problem if something is wrong with results.csv, bytes or None.
+
+    others_right: whether A1 to A4 are right. If not, what depends on them costs no points here.
+    """
+    if data is None:
+        raise Problem("not done yet: there is no results.csv")
+    rows = rows_of(data)
+    found = [(row["condition"], row["seed"]) for row in rows]
+    for key in itertools.product(CONDITIONS, SEEDS):
+        if found.count(key) != 1:
+            raise Problem(f"There are {found.count(key)} lines for {key[0]!r}, seed {key[1]}, and there should be 1.")
+    for row in rows:
+        tested, last = np.array(row["by_epoch"]), row["test_accuracy"]
+        shares = [all(abs(a * n - round(a * n)) < 1e-3 for a in (*tested, last)) for n in (N_TEST, N_TRAIN)]
+        fits = 0 <= min(*tested, last) and max(*tested, last) <= 1 and shares[0]
+        steps = f"{row['steps']:g} steps and {len(tested)} accuracies, not {N_BATCHES * EPOCHS} and {EPOCHS}"
+        best = "best epoch reported" if last == tested.max() else None
+        without = row["condition"] == "no E-I Init"
+        for wrong, name, text in (
+            (row["steps"] != N_BATCHES * EPOCHS or len(tested) != EPOCHS, "another number of steps", steps),
+            (shares == [False, True], "training accuracy reported", f"shares of the {N_TRAIN} training images"),
+            (not fits, None, f"its accuracies are no shares of the {N_TEST} test images. Do not round; no percent"),
+            (last != tested[-1], best, f"test_accuracy should be the last of by_epoch, {tested[-1]:.6g}"),
+            (others_right and row["lowest"] < 0, "no clamp", f"lowest is {row['lowest']:.3g}, below 0"),
+            (others_right and not without and row["g_i"] == 1, "E-I Init forgotten", "g_i is 1"),
+            (others_right and without and row["g_i"] != 1, "E-I Init under every condition", "g_i is not 1"),
+        ):
+            if wrong:
+                raise Problem(f"{row['condition']!r}, seed {row['seed']:g}: {text}.", name)
+    if others_right and max(max(row["by_epoch"]) for row in rows) < 0.5:
+        raise Problem("No accuracy is above 0.5. Does the optimiser make its steps?")

@@ -3,7 +3,7 @@
     python check.py setup --id YOUR_ID     is everything there? And the numbers of your own questions
     python check.py a1                     one assignment (a1 to a5), a few seconds
     python check.py all
-    python check.py submit --id YOUR_ID    packs submission-YOUR_ID.zip, which you hand in
+    python check.py submit --id YOUR_ID    packs submission-YOUR_ID.zip, which you hand in, and says what is not done
 
 It needs torch and numpy. It compares with the outputs in expected.npz: those of the right solution, and those of each
 mistake that it knows. Exit status: 0 if everything is right, 1 if not, 2 for a wrong command.
@@ -11,10 +11,12 @@ mistake that it knows. Exit status: 0 if everything is right, 1 if not, 2 for a 
 
 import argparse
 import importlib
+import itertools
 import json
 import platform
 import re
 import sys
+import types
 import zipfile
 import zlib
 from importlib.util import find_spec
@@ -25,8 +27,8 @@ try:
 except ImportError as error:
     print(f"{error}: pip install torch numpy matplotlib", file=sys.stderr)
     sys.exit(2)
-from ablation import experiment, judged, read_lines
-from probes import FILES, HERE, Problem, explain, observe
+from ablation import experiment, look_at_table, verdict_of
+from probes import FILES, HERE, USES, Problem, explain, observe
 
 POINTS = {
     "a1": dict(spike=3, surrogate=3, simulate=10, f_i_curve=4),
@@ -35,39 +37,29 @@ POINTS = {
     "a4": dict(stabilize=10, scale_gradient=5, lateral_weights=5),
     "a5": {"experiment": 5, "results.csv": 5, "a5.png": 2, "sentences": 3},
 }
-SHORT = dict(conditions=("full", "no STE", "no E-I Init"), seeds=(7, 8), epochs=1)  # an experiment for a quick look
-ID = r"[A-Za-z0-9_-]{1,40}"
+QUESTIONS = "smallest_current scaled_input gain_for_poisson gradient_without_ste silent_loss"
+QUESTIONS = dict(zip(FILES, QUESTIONS.split(), strict=True))  # the key in the ANSWERS of each
+ID = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,39}"
 HAND_IN = [*(f"{file}.py" for file in FILES.values()), "results.csv", "a5.png"]
-QUESTIONS = dict(
-    a1="smallest_current", a2="scaled_input", a3="gain_for_poisson", a4="gradient_without_ste", a5="silent_loss"
-)
+BROKEN = {}  # only when it is graded: assignments whose files do not run -> why
 
 
 # ---- what is right, and what is a known mistake ----
 
 
 def read(path=HERE / "expected.npz"):
-    """expected.npz, or another file of the same kind, as a dict: function -> dict of
+    """expected.npz as a dict: function -> dict of
 
-    inputs, right: lists of dicts of arrays, one for each case.
-    wrong: for each known mistake (name, sentence, what it does in each case: a dict of arrays, or None).
+    inputs, right: lists of dicts, one for each case.
+    given: names of earlier functions, joined by "+" -> what is right with stand-ins for these, as `right`.
+    wrong: for each known mistake [name, sentence, what it does in each case: a dict, or text].
     """
     with np.load(path) as file:
-        arrays = {key: file[key] for key in file.files}
-    known = json.loads(arrays.pop("mistakes").tobytes())  # function -> list of [name, sentence]
-    book = {function: dict(inputs=[], right=[], wrong=[(*m, []) for m in known[function]]) for function in known}
-    cases = {}  # (function, case) -> in, right, wrong -> arrays by name
-    for path, array in arrays.items():
-        function, case, kind, name = path.split("/", 3) if path.count("/") > 2 else ("", "", "", "")
-        cases.setdefault((function, case), dict(right={})).setdefault(kind, {})[name] = array
-    for (function, _), case in cases.items():
-        if function:
-            entry = book[function]
-            entry["inputs"].append(case["in"])
-            entry["right"].append(case["right"])
-            for i, mistake in enumerate(entry["wrong"]):
-                runs = case["runs"][""][i]
-                mistake[2].append({name: array[i] for name, array in case["wrong"].items()} if runs else None)
+        book = json.loads(file["book"].tobytes())
+    for entry in book.values():
+        for mistake in entry["wrong"]:  # of which only what differs is in the file
+            pairs = zip(entry["right"], mistake[2], strict=True)
+            mistake[2] = [w if isinstance(w, str) else r | w for r, w in pairs]
     return book
 
 
@@ -77,62 +69,95 @@ def differs(a, b, key=""):
     Weights are drawn at random, and so are their statistics: these may differ by 6 %.
     """
     random = key.startswith(("mean of", "standard deviation of", "share of"))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     with np.errstate(invalid="ignore"):
-        finite = np.abs(b[np.isfinite(b) & (b != 0)])
-        size = np.abs(b) + 1e-3 * np.abs(b).max() if random else np.abs(b) + (np.median(finite) if finite.size else 1)
+        finite, size = np.abs(b[np.isfinite(b) & (b != 0)]), np.abs(b)
+        if random:
+            size = size + 1e-3 * size.max()
+        elif not key.startswith("stabilize"):  # its values may be as small as they like
+            size = size + (np.median(finite) if finite.size else 1)
         close = np.isfinite(b) & (np.abs(a - b) <= (0.06 if random else 1e-4) * size)
         return ~(close | (a == b))
 
 
-def first_difference(found, right):
-    """The first array in which two cases differ, by name; or None."""
-    return next((key for key in right if differs(found[key], right[key], key).any()), None)
+def same(a, b, key):
+    return np.shape(a[key]) == np.shape(b[key]) and not differs(a[key], b[key], key).any()
+
+
+def plain(text):
+    """What `observe` says, without the place; of an exception its kind alone, for torch changes its words."""
+    text = re.sub(r"^\S+\.py, line \d+: ", "", text) if isinstance(text, str) else ""
+    kind = re.match(r"\w+(Error|Exception|Exit|Interrupt|Iteration)\b", text)
+    return kind[0] if kind else text
 
 
 def agreement(found, right, outcome):
     """How well what was found is what a known mistake does: the number of arrays that agree, or 0.
 
-    It is 0 unless in each case all values agree, and the first gradient that is not right. (One mistake is written in
-    several ways, and the other gradients may differ.) Text stands for what cannot be compared: an exception, a shape.
+    Text, in place of arrays that cannot be compared, must be the same; of an exception the kind. Code numbers must
+    agree: where they are not those of the right solution, they say the kind of the mistake, and this is enough. Else
+    all values must agree; and where all values are right, all gradients. (One mistake is written in several ways, of
+    which the gradients differ.)
     """
-    agreeing = differing = 0
-    for f, r, w in zip(found, right, outcome, strict=True):
-        if isinstance(f, str) or w is None:
-            if not (isinstance(f, str) and w is None):
-                return 0
-            continue
-        same = {key for key in r if not differs(f[key], w[key], key).any()}
-        first = first_difference(f, r)
-        if first != first_difference(w, r) or any(k not in same and (k == first or "dL/" not in k) for k in r):
+    texts = [pair for pair in zip(found, outcome, strict=True) if any(isinstance(case, str) for case in pair)]
+    if len(texts) == len(found) or any(plain(f) != plain(w) for f, w in texts):
+        return 0
+    cases = [case for case in zip(found, right, outcome, strict=True) if isinstance(case[0], dict)]
+    rows = [(key, same(f, r, key), same(f, w, key)) for f, r, w in cases for key in r]  # name, right?, agrees?
+    kinds = [row for row in rows if row[0][0] == "~" and "dL/" not in row[0]]
+    if not all(agrees for _, _, agrees in kinds) or (not texts and all(good for _, good, _ in rows)):
+        return 0
+    if all(good for _, good, _ in kinds):
+        gradients_alone = all("dL/" in key for key, good, _ in rows if not good)
+        if not all(agrees for key, _, agrees in rows if gradients_alone or "dL/" not in key):
             return 0
-        differing += first is not None
-        agreeing += len(same)
-    return agreeing if differing else 0
+    return sum(agrees for _, _, agrees in rows) + len(texts)
 
 
-def verdict(function, found, entry):
-    """(right?, text, name of the mistake or None) for what `observe` has found."""
-    known = [(agreement(found, entry["right"], w[2]), w) for w in entry["wrong"]]
-    best, (name, sentence, _) = max(known, key=lambda pair: pair[0], default=(0, ("", "", None)))
-    called = f"{name}. {sentence}" if best else ""
-    name = name if best else None
-    for f in found:
+def verdict(function, found, entry, right):
+    """(right?, text, name of the mistake or None) for what `observe` has found, and for what is right."""
+    known = [(agreement(found, right, outcome), name, text) for name, text, outcome in entry["wrong"]]
+    best, name, called = max(known, key=lambda k: k[0], default=(0, None, None))
+    name, called = (name, f"{name}. {called}") if best else (None, "")
+    for case, (f, r) in enumerate(zip(found, right, strict=True)):
+        given = entry["inputs"][case]
+        numbers = ", ".join(f"{k} = {v}" for k, v in given.items() if not isinstance(v, list) and k != "seed")
+        where = f"case {case}" + (f" ({numbers})" if numbers else "")
         if isinstance(f, str):
-            return False, f + (f" - {called}" if called else ""), name
-    for case, (f, r) in enumerate(zip(found, entry["right"], strict=True)):
-        key = first_difference(f, r)
-        if key:
+            return False, f + (f" - {called}" if called else f", {where}" * (case > 0)), name
+        for key in (key for key in r if key[0] != "~" and not same(f, r, key)):
+            text = f"{called or 'wrong, and no mistake that I know.'} First difference, {where}: {key}"
             index = tuple(int(i) for i in np.argwhere(differs(f[key], r[key], key))[0])
-            place = key + (f" at {list(index)}" if index else "")
-            place += f" (time step {index[0]})" if function == "simulate" else ""
-            where = (
-                f"First difference, case {case}: {place}: yours is {f[key][index]:.6g}, right is {r[key][index]:.6g}."
-            )
-            return False, f"{called or 'wrong, and no mistake that I know.'} {where}", name
+            if index:
+                text += f" at {list(index)}" + f" (time step {index[0]})" * (function == "simulate")
+            for k, v in given.items():
+                if isinstance(v, list) and k != "weights" and np.shape(v) == np.shape(r[key]):
+                    text += f", where {k} is {np.array(v)[index]:.6g}"
+            yours, right = np.asarray(f[key])[index], np.asarray(r[key])[index]
+            return False, f"{text}: yours is {yours:.6g}, right is {right:.6g}.", name
     return True, "right", None
 
 
-# ---- the command line ----
+def verdicts(a, book, look):
+    """(part, points, right?, text, mistake) for each function of an assignment. look: a function of its name and of the
+    names that are replaced: what `observe` finds."""
+    wrong = {}
+    for name, points in POINTS[a].items():
+        right, text, mistake = verdict(name, look(name, ()), book[name], book[name]["right"])
+        suspects = [other for other in USES.get(name, ()) if other in wrong]
+        groups = [group for n in range(len(suspects)) for group in itertools.combinations(suspects, n + 1)]
+        for group in groups:
+            if not right and verdict(name, look(name, group), book[name], book[name]["given"]["+".join(group)])[0]:
+                right, mistake = True, None
+                text = f"right, apart from what follows from `{'`, `'.join(group)}`, which costs no points here"
+        if not right:
+            follows = suspects and not mistake and text not in wrong.values()
+            wrong[name] = text
+            text += f" (This may follow from `{'`, `'.join(suspects)}`.)" if follows else ""
+        yield name, points, right, text, mistake
+
+
+# ---- the student's files ----
 
 
 def own_numbers(student):
@@ -152,116 +177,112 @@ def own_numbers(student):
 
 
 def load(a):
-    """The student's module, or a Problem."""
+    """The student's module, or a Problem. A5 imports a1 to a4: what fails there shall not cost the points of A5."""
+    if a in BROKEN:
+        raise Problem(BROKEN[a])
+    for earlier in list(FILES)[:4] if a == "a5" else ():
+        try:
+            module = load(earlier)
+        except Problem:
+            module = sys.modules[FILES[earlier]] = types.ModuleType(FILES[earlier])
+        for name in POINTS[earlier]:
+            if not hasattr(module, name):  # a text is no function, which is what the check of a1 to a4 says
+                setattr(module, name, "missing")
     try:
         return importlib.import_module(FILES[a])
     except (Exception, SystemExit) as error:
-        raise Problem(explain(error, HERE)) from None
+        raise Problem(explain(error)) from None
+    finally:  # what a file changes for all others is changed back
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
 
 
-def answers_of(module):
-    """The ANSWERS of a student's module: a dict, whatever the student has made of it."""
-    answers = getattr(module, "ANSWERS", None)
-    return answers if isinstance(answers, dict) else {}
-
-
-def a_number(answer):
-    """Whether an answer is a number; a yes, a text or NaN is none."""
-    return isinstance(answer, int | float) and not isinstance(answer, bool) and abs(answer) < 1e300
-
-
-def of_a5(answers, folder=HERE):
-    """(part, right?, text, name of the mistake or None) for what A5 leaves in a folder."""
+def answers_of(given, a):
+    """What ANSWERS hold, whatever a student has made of them: value, a float or None; text; sentences, a list."""
+    answer, sentences = (given.get(k) if isinstance(given, dict) else None for k in (QUESTIONS[a], "sentences"))
     try:
-        lines = read_lines(folder / "results.csv")
-    except Problem as problem:
-        lines = str(problem)
-    yield "results.csv", *judged(lines)
-    try:
-        drawn = (folder / "a5.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    except OSError:
-        drawn = False
-    yield "a5.png", drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None
-    given = answers.get("sentences")
-    n = (
-        sum(isinstance(s, str) and len(s.split()) >= 5 for s in given if given)
-        if isinstance(given, list | tuple)
-        else 0
-    )
-    yield "sentences", n >= 5, "your lecturer reads them" if n >= 5 else f"not done yet: {n} of 5 are written", None
+        text = "" if answer is None else str(answer)[:60].encode(errors="backslashreplace").decode()
+        value = float("nan" if isinstance(answer, bool | str | bytes | None) else answer)
+    except Exception:  # no number, or an object that fails
+        text, value = type(answer).__name__, float("nan")
+    sentences = [s[:2000] for s in sentences[:20] if isinstance(s, str)] if isinstance(sentences, list | tuple) else []
+    return dict(value=value if abs(value) < 1e300 else None, text=text, sentences=sentences)
 
 
-def results(a, book):
-    """(part, points, right?, text) for each part of an assignment, one after the other."""
-    try:
-        module = load(a)
-    except Problem as problem:
-        for part, points in POINTS[a].items():
-            yield part, points, False, f"{FILES[a]}.py cannot be imported: {problem}"
+def results(a, book, look, answers, files, others_right=True):
+    """(part, points, right?, text, name of the mistake or None) for each part of an assignment. look: see `verdicts`.
+    answers: see `answers_of`. files: name -> bytes, of results.csv and a5.png, if they are there."""
+    if a != "a5":
+        yield from verdicts(a, book, look)
         return
-    answers = answers_of(module)
-    if a == "a5":
-        right, text, _ = judged(experiment(module, **SHORT), "run", **SHORT)
-        yield "experiment", POINTS[a]["experiment"], right, text
-        for part, right, text, _ in of_a5(answers):
-            yield part, POINTS[a][part], right, text
-    else:
-        for name, points in POINTS[a].items():
-            right, text, _ = verdict(name, observe(name, module, book[name]["inputs"]), book[name])
-            yield name, points, right, text
-    answer = answers.get(QUESTIONS[a])
-    text = f"{answer}, which is compared when it is graded"
-    if not a_number(answer):
-        text = "not done yet" if answer is None else f"{answer!r:.40} is no number"
-    yield QUESTIONS[a], 0, a_number(answer), text
+    n, png = sum(len(text.split()) >= 5 for text in answers["sentences"]), files.get("a5.png", b"")
+    drawn = png.startswith(b"\x89PNG\r\n\x1a\n")
+    found = [look("experiment", ()), verdict_of(look_at_table, files.get("results.csv"), others_right)]
+    found += [(drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None)]
+    found += [(n >= 5, f"{n} of 5 are written" + ("; your lecturer reads them" if n >= 5 else ""), None)]
+    for part, found_there in zip(POINTS[a].items(), found, strict=True):
+        yield *part, *found_there
 
 
-def check(names):
-    """Prints what is right and what is not. Returns the exit status."""
-    if not has("expected.npz") or not has("digits.npz"):
-        print(f"expected.npz or digits.npz is missing in {HERE}: copy it from what you were given", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)  # for functions as small as these, more threads are slower
+def own_results(a, book):
+    """The same for the files in this folder, and for the student's answer."""
+    try:
+        module, broken = load(a), None
+    except Problem as problem:
+        module, broken = None, f"{FILES[a]}.py cannot be imported: {problem}"
+    answers = answers_of(getattr(module, "ANSWERS", None), a)
+
+    def look(part, group):
+        if part == "experiment":
+            return (False, broken, None) if broken else experiment(module)[:3]
+        return [broken] * len(book[part]["inputs"]) if broken else observe(part, module, book[part]["inputs"], group)
+
+    files = {name: (HERE / name).read_bytes() for name in HAND_IN[5:] if (HERE / name).is_file()}
+    yield from results(a, book, look, answers, files)
+    text = f"{answers['text']}, which is compared when it is graded; it may be off by 1 %"
+    if answers["value"] is None:
+        text = f"{answers['text']!r} is no number" if answers["text"] else "not done yet"
+    yield QUESTIONS[a], 0, answers["value"] is not None, text, None
+
+
+# ---- the command line ----
+
+
+def check(names, all_parts=True):
+    """Prints what is right and what is not, or the latter alone. Returns the exit status."""
     book, total, possible, right = read(), 0, 0, True
     for a in names:
         print(f"{FILES[a]}.py")
-        for part, points, good, text in results(a, book):  # printed one by one: a loop without end shows where it is
+        for part, points, good, text, _ in own_results(a, book):  # printed at once: an endless loop shows where it is
             got = points if good else 0
             total, possible, right = total + got, possible + points, right and good
-            print(f"  {got:2}/{points:<2}  {part}: {text}" if points else f"  -      {part}: {text}", flush=True)
+            if all_parts or not good:
+                print(f"  {got:2}/{points:<2}  {part}: {text}" if points else f"  -      {part}: {text}", flush=True)
     print(f"{total} of {possible} points; the other 10 points, 2 for the question of each assignment, are given later")
     return 0 if right else 1
 
 
 def setup(student):
     print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
-    wrong = [f"there is no {name} in {HERE}" for name in (*HAND_IN[:5], "expected.npz", "digits.npz") if not has(name)]
-    wrong += ["Python 3.10 or later is needed"] * (sys.version_info < (3, 10))
-    print("\n".join(wrong) if wrong else f"Everything is there: {len(read())} functions to write, in {HERE}")
+    gone = [name for name in HAND_IN[:5] if not (HERE / name).is_file()]
+    print(f"There is no {', '.join(gone)} in {HERE}" if gone else f"Everything is there, in {HERE}")
     if not find_spec("matplotlib"):
         print("For the plot of A5, later: pip install matplotlib")
-    if student:
-        print(f"The numbers of your questions, {student}:")
-        for a, numbers in own_numbers(student).items():
-            print(f"  {a}  " + ", ".join(f"{name} = {value}" for name, value in numbers.items()))
-    else:
-        print("For the numbers of your questions: python check.py setup --id YOUR_ID")
-    return 1 if wrong else 0
-
-
-def has(name):
-    return (HERE / name).is_file()
+    print(f"The numbers of your questions, {student or 'with --id YOUR_ID'}:")
+    for a, numbers in own_numbers(student).items() if student else ():
+        print(f"  {a}  " + ", ".join(f"{name} = {value}" for name, value in numbers.items()))
+    return 1 if gone else 0
 
 
 def submit(student):
     path = HERE / f"submission-{student}.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as file:
         file.writestr("id.txt", student)
-        for name in filter(has, HAND_IN):
+        for name in (name for name in HAND_IN if (HERE / name).is_file()):
             file.write(HERE / name, name)
-    missing = [name for name in HAND_IN if not has(name)]
-    print(f"wrote {path}" + (f", without {', '.join(missing)}: not done yet" if missing else ""))
-    print("It was made for the numbers of", student, "- they are those of: python check.py setup --id", student)
+    print(f"wrote {path}\nIt was made for the numbers of {student}: those of python check.py setup --id {student}")
+    print("You can hand it in. What follows is not right in it, or not done; mend it and make it again:", flush=True)
+    check(list(FILES), all_parts=False)
     return 0
 
 
@@ -270,23 +291,35 @@ def main(argv=None):
     parser.add_argument("what", choices=[*FILES, "all", "setup", "submit"])
     parser.add_argument("--id", help="your student id, as your lecturer writes it")
     args = parser.parse_args(argv)
-    if args.id is not None and not re.fullmatch(ID, args.id):
-        parser.error(f"--id is made of letters, digits, - and _, not {args.id!a}")
-    if args.what == "setup":
-        return setup(args.id)
-    if args.what == "submit":
-        if args.id is None:
-            parser.error("submit needs --id YOUR_ID")
-        return submit(args.id)
+    if sys.version_info < (3, 10):  # noqa: UP036
+        parser.error("Python 3.10 or later is needed")
+    if args.id is not None and (not re.fullmatch(ID, args.id) or args.id == "YOUR_ID"):
+        parser.error(f"--id is your own id: letters, digits, _ and - (not first), at most 40, not {args.id!a}")
+    if args.what == "submit" and args.id is None:
+        parser.error("submit needs --id YOUR_ID")
+    for name in ("expected.npz", "digits.npz"):
+        if not (HERE / name).is_file():
+            parser.error(f"there is no {name} in {HERE}: copy it from what you were given")
+    torch.set_num_threads(1)  # for functions as small as these, more threads are slower
+    if args.what in ("setup", "submit"):
+        return setup(args.id) if args.what == "setup" else submit(args.id)
     return check(list(FILES) if args.what == "all" else [args.what])
 
 
-def any_console():
+def on_any_console(main):
+    """Runs a program on a console that may not show every letter; what is wrong with a file is one line, status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a console that cannot show every letter
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    any_console()
-    sys.exit(main())
+    on_any_console(main)

@@ -6,6 +6,7 @@ Students need not read this file. It needs torch and numpy.
 import traceback
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,18 +14,38 @@ import torch
 HERE = Path(__file__).resolve().parent
 FILES = dict(a1="a1_lif", a2="a2_circuit", a3="a3_init", a4="a4_prop", a5="a5_ablation")
 
+# The earlier functions that a function may use. Where one of them is wrong, the function is tried once more with a
+# stand-in for it, and compared with what the right function does with the stand-in: a mistake costs points only once.
+USES = dict(simulate=("spike", "surrogate"), f_i_curve=("spike", "simulate"), lateral_weights=("scale_gradient",))
+USES["ei_init"] = ("fan_in", "weight_mean", "gain")
+STAND_INS = dict(  # none is a solution
+    spike=lambda u, threshold=1.0: (torch.sin(9 * u) > threshold - 1.1).to(u.dtype),
+    surrogate=lambda u, threshold=1.0, alpha=4.0: torch.cos(alpha * u - threshold),
+    simulate=lambda current, tau=2.0, threshold=1.0, alpha=4.0: (
+        current,
+        ((3 * current).cumsum(0) % (tau + 3) > threshold + 1).to(current.dtype),
+    ),
+    fan_in=lambda w: 50 + w.dim(),
+    weight_mean=lambda x, d: 0.3 + 1 / d,
+    gain=lambda x, d: 0.7 + 1 / d,
+    scale_gradient=lambda w, factor: w * (2 + factor),
+)
+
 
 class Problem(Exception):
-    """One sentence that says why an output cannot be compared."""
+    """A sentence that says what is wrong, and the name of the mistake, if it is known."""
+
+    def __init__(self, text, name=None):
+        super().__init__(". ".join(filter(None, [name, text])))
+        self.name = name
 
 
 class Case(dict):
     """Fresh copies of the inputs of one probe, by name: tensors, numbers, or text."""
 
-    def __init__(self, arrays):
-        super().__init__()
-        for name, array in arrays.items():
-            self[name] = torch.tensor(array) if array.ndim else array.item()
+    def __init__(self, given):
+        dtype = getattr(torch, given.get("dtype", "float32"))
+        super().__init__({k: torch.tensor(v, dtype=dtype) if isinstance(v, list) else v for k, v in given.items()})
         self.originals = {name: value.clone() for name, value in self.items() if isinstance(value, torch.Tensor)}
 
     def with_gradient(self, name):
@@ -50,13 +71,14 @@ def tensor(value, like, what):
     if value.shape != like.shape:
         raise Problem(f"{what} has the shape {tuple(value.shape)}, not {tuple(like.shape)}")
     if value.dtype != like.dtype:
-        raise Problem(f"{what} is of type {value.dtype}, not {like.dtype}")
+        raise Problem(f"{what} is of type {value.dtype}, not {like.dtype}, the type of its input")
     if value.isnan().any():
-        raise Problem(f"{what} is NaN at index {value.isnan().nonzero()[0].tolist()}")
+        raise Problem(f"{what} is NaN at index {value.isnan().nonzero()[0].tolist()}, as 0 / 0 is")
     return value
 
 
 def number(value, what):
+    """`value`, if it is a single number that is not NaN."""
     if value is None:
         raise Problem(f"{what} is None: is there a `return`?")
     try:
@@ -86,14 +108,19 @@ def gradient(out, weights, x, keep=False):
     return torch.zeros_like(x) if found is None else found
 
 
+# A probe calls a function of a student's module m for a case c, and returns arrays by name. A name with "dL/" is a
+# gradient. A name with "~" is no part of what is right: it is a code number for a kind of mistake.
+
+
 def simulate(m, c):
     current = c.with_gradient("current")
-    out = m.simulate(current, c["tau"], c["threshold"], c["alpha"])
+    out = m.simulate(current, *(c[name] for name in ("tau", "threshold", "alpha") if name in c))
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise Problem(f"simulate returns {type(out).__name__}, not a pair (u, s)")
     u, s = tensor(out[0], current, "u"), tensor(out[1], current, "s")
     c.unchanged()
-    return {"u": u, "s": s, "dL/dI": gradient(s, c["weights"], current)}
+    found = {"u": u, "s": s, "dL/dI": gradient(s, c["weights"], current, keep=True)}
+    return found | {"~dL/dI of u": gradient(u, 1, current)}
 
 
 def some_currents(function, names, m, c):
@@ -102,50 +129,67 @@ def some_currents(function, names, m, c):
     out = getattr(m, function)(x, c.parameters(), lambda i_div: i_div + 0.5 * (i_div == 0))  # zeros become 0.5
     if not isinstance(out, dict):
         raise Problem(f"it returns {'None' if out is None else type(out).__name__}, not a dict of currents")
-    if missing := [name for name in names if name not in out]:
-        raise Problem(f"the dict has no {missing[0]}")
     like_ie = x.new_empty(len(x), len(c["p_w_ie"]), x.shape[2]) if "i_ie" in names else None
-    found = {name: tensor(out[name], like_ie if name == "i_ie" else c["weights"], name) for name in names}
+    found = {}
+    for name in names:
+        if name not in out:
+            raise Problem(f"the dict has no {name}")
+        found[name] = tensor(out[name], like_ie if name == "i_ie" else c["weights"], name)
     c.unchanged()
     found["dL/dx"] = gradient(out["i_int"], c["weights"], x, keep=True)
     norms = [gradient(out["i_int"], c["weights"], p, keep=True).norm() for p in parameters]
     return found | {f"norm of dL/d of {', '.join(c.parameters())},": torch.stack(norms)}
 
 
-def still_trained(parameters):
-    for name, p in parameters.items():
+def changed(held):
+    """The values of parameters that a function has changed in place, by name."""
+    for name, p in held.items():
         if not p.requires_grad:
             raise Problem(f"{name} requires no gradient any more; change only its values")
+    return {name: tensor(p.detach(), p, name) for name, p in held.items()}
 
 
 def clamp_dale(m, c):
-    p = c.parameters()
-    for value in p.values():
-        value.requires_grad_()
-    held = dict(p)  # what an optimiser would hold
-    m.clamp_dale(p)
-    still_trained(held)
-    values = {name: tensor(value.detach(), value, name) for name, value in held.items()}
-    return values | {"values that are 0": torch.cat([v.flatten() == 0 for v in values.values()]).float()}
+    held = {name: value.requires_grad_() for name, value in c.parameters().items()}  # what an optimiser would hold
+    m.clamp_dale(dict(held))
+    values = changed(held)
+    raised = torch.cat([v[c.originals[f"p_{n}"] < 0] for n, v in values.items() if n != "b_e"])
+    positive = bool((raised == raised[0]).all() and raised[0] > 0)  # all that was negative is the same number
+    zero = torch.cat([v.flatten() == 0 for v in values.values()]).float()
+    return values | {"values that are 0": zero, "~clamped at a positive number": float(positive)}
+
+
+def drawn(w, before):
+    """The kind of a distribution: 0 as it was, 1 constant, 2 of any sign, 3 as an exponential, 4 another."""
+    if np.array_equal(w, before) or w.std() <= 1e-3 * abs(w.mean()):
+        return 0 if np.array_equal(w, before) else 1
+    if w.min() < 0:
+        return 2
+    return 3 if abs(w.std() / w.mean() - 1) < 0.06 and abs((w < w.mean()).mean() - 0.632) < 0.03 else 4
 
 
 def ei_init(m, c):
     n_e, n_i, shape = c["n_e"], c["n_i"], tuple(c["x"].shape[1:2]) + (c["k"], c["k"])[: c["x"].dim() - 2]
     torch.manual_seed(c["seed"])
-    p = dict(w_ee=torch.rand(n_e, *shape), w_ie=torch.rand(n_i, *shape), w_ei=torch.rand(n_e, n_i))
+    held = dict(w_ee=torch.rand(n_e, *shape), w_ie=torch.rand(n_i, *shape), w_ei=torch.rand(n_e, n_i))
     if not c["readout"]:
-        p |= dict(g_i=torch.rand(n_i), g_e=torch.rand(n_e), b_e=torch.rand(n_e))
-    held = {name: value.requires_grad_() for name, value in p.items()}
-    m.ei_init(dict(held), c["x"])
-    still_trained(held)
-    p = {name: tensor(value.detach(), value, name).numpy() for name, value in held.items()}
-    found = {}
-    for name in ("w_ee", "w_ie"):
-        w = p.pop(name)
-        found[f"mean of {name}"], found[f"standard deviation of {name}"] = np.array(w.mean()), np.array(w.std())
-        found[f"share of {name} below 0"] = np.array((w < 0).mean())
-        found[f"share of {name} below its mean"] = np.array((w < 0.999 * w.mean()).mean())
-    return found | p
+        held |= dict(g_i=torch.rand(n_i), g_e=torch.rand(n_e), b_e=torch.rand(n_e))
+    before = {name: value.numpy().copy() for name, value in held.items()}
+    held = {name: value.requires_grad_() for name, value in held.items()}
+    m.ei_init(dict(held), c.with_gradient("x") if c["x_has_gradient"] else c["x"])
+    p, found = {name: value.numpy() for name, value in changed(held).items()}, {}
+    for name, w in p.items():
+        if name in ("w_ee", "w_ie"):
+            found[f"mean of {name}"], found[f"standard deviation of {name}"] = w.mean(), w.std()
+            found[f"share of {name} below 0"] = (w < 0).mean()
+            found[f"share of {name} below its mean"] = (w < 0.999 * w.mean()).mean()
+        else:
+            found[f"smallest and largest {name}"] = [w.min(), w.max()]
+        found[f"~distribution of {name}"] = min(drawn(w, before[name]), 4 if "mean of " + name in found else 2)
+    n = min(n_e, n_i)
+    with np.errstate(all="ignore"):  # constant weights have no correlation
+        found["copies of w_ee in w_ie"] = np.corrcoef(p["w_ee"][:n].ravel(), p["w_ie"][:n].ravel())[0, 1] > 0.5
+    return found
 
 
 def initialize(m, c):
@@ -155,17 +199,21 @@ def initialize(m, c):
         if not isinstance(x, torch.Tensor):
             raise Problem(f"it calls init with a {type(x).__name__} in place of the layer's input")
         seen.append(x.detach().clone())
-        p["w"].fill_(x.mean() + 1)
+        with torch.no_grad():
+            p["w"].fill_(x.mean() + 1)
 
-    layers = [(dict(w=torch.zeros(())), lambda p, x: p["w"] * x + 1) for _ in range(c["n_layers"])]
+    def forward(i, p, x):
+        return p["w"] * x + i
+
+    layers = [(dict(w=torch.zeros((), requires_grad=True)), partial(forward, i + 1)) for i in range(c["n_layers"])]
     m.initialize(layers, c["x"], init)
     if len(seen) != c["n_layers"]:
         raise Problem(f"it calls init {len(seen)} times for {c['n_layers']} layers")
     return {f"input of layer {i + 1}": tensor(x, c["x"], "the input of a layer") for i, x in enumerate(seen)}
 
 
-# Functions of one output: their arguments; the argument that has the shape of the output (None: it is a number); the
-# argument to which the gradient is looked at; the name of the output.
+# Functions of one output: their arguments; the argument with the shape of the output (None: it is a number); the
+# argument of the gradient that is looked at; the name of the output.
 CALLS = {
     "spike": ("u threshold", "u", None, "s"),
     "surrogate": ("u threshold alpha", "u", None, "ds/du"),
@@ -180,17 +228,32 @@ CALLS = {
 }
 
 
+def what_zeros_become(m, c, out):
+    """0, or where zeros become a number that does not depend on I_div: 1 nothing else is changed, 2 it is added to all
+    values, 3 smaller values become this number too."""
+    i_div, out = c["i_div"].detach(), out.detach()
+    loud = (i_div > 0).flatten(1).any(1).view(-1, *[1] * (i_div.dim() - 1))  # samples with a positive value
+    became, twice = (o[(i_div == 0) & loud] for o in (out, m.stabilize(2 * i_div, c["eps"], c["ste"])))
+    a = became[0]
+    if not (0 < a < torch.inf and (became == a).all() and (twice == a).all()):
+        return 0
+    x, now = i_div[i_div > 0], out[i_div > 0]
+    ways = [torch.allclose(now, wanted, rtol=1e-4, atol=0) for wanted in (x, x + a, x.clamp(min=a))]
+    return 1 + ways.index(True) if any(ways) else 0
+
+
 def call(name, m, c):
     arguments, like, differentiate, what = CALLS[name]
-    if differentiate:
-        c.with_gradient(differentiate)
+    if differentiate or c.get("x_has_gradient"):
+        c.with_gradient(differentiate or "x")
     found = {}
     for again in ("", ", the second time") if differentiate else ("",):  # what the first call leaves on its input shows
-        out = getattr(m, name)(*(c[argument] for argument in arguments.split()))
+        out = getattr(m, name)(*(c[argument] for argument in arguments.split() if argument in c))
         out = tensor(out, c[like], what) if like else number(out, what)
         c.unchanged()
-        if name == "stabilize":
+        if name == "stabilize" and not again:
             found["zeros that are left"] = (out == 0).to(out.dtype)
+            found["~what zeros become"] = what_zeros_become(m, c, out) if c["eps"] == "adaptive" else 0
         found[what] = out
         if differentiate:
             found[f"dL/d{arguments.split()[0]}{again}"] = gradient(out, c["weights"], c[differentiate])
@@ -203,40 +266,35 @@ PROBES["currents"] = partial(some_currents, "currents", ("i_ee", "i_ie", "i_sub"
 PROBES["pv_som_currents"] = partial(some_currents, "pv_som_currents", ("i_ee", "i_sub", "i_div", "i_int"))
 
 
-def explain(error, folder):
+def explain(error):
     """An exception in one line, with the last line of the student's own files on its way."""
     if type(error) is NotImplementedError and not str(error):  # that of a stub says nothing; torch's says something
         return "not done yet"
-    name = type(error).__name__
-    message = f"{name}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
-    message = message.encode(errors="backslashreplace").decode()
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{Path(error.filename).name}, line {error.lineno}: {name}: {error.msg}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.parent == folder and path.stem in FILES.values():
-            return f"{path.name}, line {frame.lineno}: {message}"
-    return message
+        places, message = [(error.filename, error.lineno)], f"{type(error).__name__}: {error.msg}"
+    for path, line in ((Path(file), line) for file, line in reversed(places)):
+        if path.stem in FILES.values():
+            message = f"{path.name}, line {line}: {message}"
+            break
+    return message.encode(errors="backslashreplace").decode()
 
 
-def observe(name, module, inputs, folder=HERE):
-    """What a function does with each of its inputs: a list of dicts of arrays, or of text where it cannot be compared.
-
-    Args:
-        name: of the function, a key of `PROBES`.
-        module: where the function is.
-        inputs: a list of dicts of arrays, one for each case.
-    """
+def observe(name, module, inputs, replaced=()):
+    """What a function of a module does with each of its inputs: a list of dicts of arrays, or of text where it cannot
+    be compared. replaced: names of other functions of the module in whose place there are stand-ins."""
     found = []
-    for arrays in inputs:
-        case = Case(arrays)
+    for given in inputs:
         try:
             if not callable(getattr(module, name, None)):
                 raise Problem("the file has no such function")
-            out = PROBES[name](module, case)
-            found.append({k: np.asarray(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in out.items()})
+            with patch.dict(vars(module), {other: STAND_INS[other] for other in replaced}):
+                out = PROBES[name](module, Case(given))
+            arrays = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}
+            found.append({k: np.asarray(v, dtype=np.float64) for k, v in arrays.items()})
         except Problem as problem:
             found.append(str(problem))
         except (Exception, SystemExit) as error:
-            found.append(explain(error, folder))
+            found.append(explain(error))
     return found

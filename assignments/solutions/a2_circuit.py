@@ -11,7 +11,7 @@
 presynaptic neurons and P positions. `python check.py a2` checks it.
 """
 
-import torch  # noqa: F401 (you will need it)
+import torch
 
 ANSWERS = {
     # Question 2 (2 points), with your own numbers of `python check.py setup --id YOUR_ID`: for some x, a neuron has
@@ -32,7 +32,13 @@ def currents(x, p, stabilize):
         A dict of i_ee, i_ie, i_sub, i_div and i_int: i_ie is (N, n_I, P), the others are (N, n_E, P). i_div is the
         value before `stabilize`.
     """
-    raise NotImplementedError
+    i_ee = p["w_ee"] @ x
+    i_ie = p["w_ie"] @ x
+    s_i = i_ie
+    i_sub = p["w_ei"] @ s_i
+    i_div = p["w_ei"] @ (p["g_i"][:, None] * s_i)
+    i_int = p["g_e"][:, None] * (i_ee - i_sub) / stabilize(i_div) + p["b_e"][:, None]
+    return dict(i_ee=i_ee, i_ie=i_ie, i_sub=i_sub, i_div=i_div, i_int=i_int)
 
 
 def clamp_dale(p):
@@ -42,7 +48,10 @@ def clamp_dale(p):
         p: a dict of parameters as above, which require gradients; those of a readout are w_ee, w_ie, w_ei alone. The
             tensors themselves are changed (in place), because the optimiser holds them too. Nothing is returned.
     """
-    raise NotImplementedError
+    with torch.no_grad():
+        for name in p:
+            if name != "b_e":
+                p[name].clamp_(min=0)
 
 
 def pv_som_currents(x, p, stabilize):
@@ -61,4 +70,8 @@ def pv_som_currents(x, p, stabilize):
     Returns:
         A dict of i_ee, i_sub, i_div and i_int, each (N, n_E, P).
     """
-    raise NotImplementedError
+    i_ee = p["w_ee"] @ x
+    i_sub = p["w_es"] @ (p["w_se"] @ x)
+    i_div = p["w_ep"] @ (p["g_p"][:, None] * (p["w_pe"] @ x))
+    i_int = p["g_e"][:, None] * (i_ee - i_sub) / stabilize(i_div) + p["b_e"][:, None]
+    return dict(i_ee=i_ee, i_sub=i_sub, i_div=i_div, i_int=i_int)

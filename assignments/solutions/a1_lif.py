@@ -20,12 +20,13 @@ ANSWERS = {
 
 def spike(u, threshold=1.0):
     """s for the membrane potential u, any shape: 1.0 or 0.0, the same shape and dtype. (3 points)"""
-    raise NotImplementedError
+    return (u >= threshold).to(u.dtype)
 
 
 def surrogate(u, threshold=1.0, alpha=4.0):
     """ds/du for the membrane potential u, any shape: the formula above, the same shape. (3 points)"""
-    raise NotImplementedError
+    sigma = torch.sigmoid(alpha * (u - threshold))
+    return alpha * sigma * (1 - sigma)
 
 
 class Spike(torch.autograd.Function):
@@ -53,7 +54,14 @@ def simulate(current, tau=2.0, threshold=1.0, alpha=4.0):
         (u, s): the membrane potentials before the reset and the spikes, both (T, ...). Gradients pass from s to the
         current by `Spike.apply`, through time, but not through the reset.
     """
-    raise NotImplementedError
+    u = s = torch.zeros_like(current[0])
+    potentials, spikes = [], []
+    for i in current:
+        u = (1 - 1 / tau) * (u - threshold * s.detach()) + i
+        s = Spike.apply(u, threshold, alpha)
+        potentials.append(u)
+        spikes.append(s)
+    return torch.stack(potentials), torch.stack(spikes)
 
 
 def f_i_curve(currents, tau=2.0, threshold=1.0, steps=100):
@@ -66,4 +74,5 @@ def f_i_curve(currents, tau=2.0, threshold=1.0, steps=100):
     Returns:
         Firing rates in spikes per time step, (n,), from 0 to 1.
     """
-    raise NotImplementedError
+    _, s = simulate(currents.expand(steps, -1), tau, threshold)
+    return s.mean(0)

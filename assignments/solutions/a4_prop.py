@@ -9,7 +9,7 @@
 `python check.py a4` checks it.
 """
 
-import torch  # noqa: F401 (you will need it)
+import torch
 
 ANSWERS = {
     # Question 4 (2 points), with your own numbers of `python check.py setup --id YOUR_ID`: one sample of I_div, of two
@@ -31,7 +31,15 @@ def stabilize(i_div, eps="adaptive", ste=True):
     Returns:
         The same shape, positive and finite. In a sample that has no positive value at all, zeros become 1.
     """
-    raise NotImplementedError
+    if eps != "adaptive":
+        return i_div + eps
+    axes = tuple(range(1, i_div.dim()))
+    smallest = i_div.masked_fill(i_div == 0, torch.inf).amin(axes, keepdim=True)
+    smallest = smallest.masked_fill(smallest.isinf(), 1)
+    out = torch.where(i_div > 0, i_div, smallest)
+    if ste:
+        out = i_div + (out - i_div).detach()
+    return out
 
 
 def scale_gradient(w, factor):
@@ -41,7 +49,7 @@ def scale_gradient(w, factor):
         w: a tensor of any shape.
         factor: a number.
     """
-    raise NotImplementedError
+    return w.detach() + factor * (w - w.detach())
 
 
 def lateral_weights(w_ei, fan_in):
@@ -51,4 +59,4 @@ def lateral_weights(w_ei, fan_in):
         w_ei: (n_E, n_I).
         fan_in: d, the number of inputs of one excitatory neuron.
     """
-    raise NotImplementedError
+    return scale_gradient(w_ei, 1 / fan_in)

@@ -9,7 +9,7 @@ E[x^2] are means over all its elements. Var[x] is the variance along N (unbiased
 everything else. d is the fan-in: how many inputs one neuron has. `python check.py a3` checks it.
 """
 
-import torch  # noqa: F401 (you will need it)
+import torch
 
 ANSWERS = {
     # Question 3 (2 points), with your own lambda and d of `python check.py setup --id YOUR_ID`: g_I for an input of
@@ -20,17 +20,19 @@ ANSWERS = {
 
 def fan_in(w):
     """d, from the weights of a dense layer, (n, in), or of a convolution, (n, in, k, k). A whole number. (3 points)"""
-    raise NotImplementedError
+    return w[0].numel()
 
 
 def weight_mean(x, d):
     """m, for the layer's input x, (N, ...), and the fan-in d. A number. (5 points)"""
-    raise NotImplementedError
+    square, var = x.square().mean(), x.var(0).mean()
+    return (var / (d * (square + var))) ** 0.5
 
 
 def gain(x, d):
     """g_I, for the layer's input x, (N, ...), and the fan-in d. A number. (4 points)"""
-    raise NotImplementedError
+    mean, square, var = x.mean(), x.square().mean(), x.var(0).mean()
+    return (square + var) ** 0.5 / (d**0.5 * mean)
 
 
 def poisson_gain(rate, d):
@@ -38,7 +40,7 @@ def poisson_gain(rate, d):
 
     The formula holds for a batch of any size: put in the exact E[x], E[x^2] and Var[x] of a Poisson variable.
     """
-    raise NotImplementedError
+    return ((2 + rate) / (d * rate)) ** 0.5
 
 
 def ei_init(p, x):
@@ -50,7 +52,16 @@ def ei_init(p, x):
             network has w_ee, w_ie and w_ei only.
         x: the input of the layer, (N, in) or (N, in, H, W).
     """
-    raise NotImplementedError
+    d = fan_in(p["w_ee"])
+    m = weight_mean(x, d)
+    with torch.no_grad():
+        for name in ("w_ee", "w_ie"):
+            p[name].exponential_().mul_(m)
+        p["w_ei"].fill_(1 / p["w_ei"].shape[1])
+        if "g_i" in p:
+            p["g_i"].fill_(gain(x, d))
+            p["g_e"].fill_(1)
+            p["b_e"].fill_(0)
 
 
 def initialize(layers, batch, init=ei_init):
@@ -61,4 +72,8 @@ def initialize(layers, batch, init=ei_init):
         batch: the input of the first layer.
         init: what initialises one layer, init(p, x).
     """
-    raise NotImplementedError
+    x = batch
+    for p, forward in layers:
+        init(p, x)
+        with torch.no_grad():
+            x = forward(p, x)
