@@ -19,7 +19,7 @@ from tqdm import tqdm
 from trainings import STEPS, TINY, end, load, main, snapshot
 
 import train
-from support import data, parallel, runs
+from support import data, runs
 from support.runs import Run
 
 if sys.platform == "win32":
@@ -112,11 +112,12 @@ def test_a_signal_in_the_middle_of_an_epoch(how, calm):
     process = start(*TINY, "--out", "r", before=(slow, 0.1))
     wait_for(1, process.is_alive)
     time.sleep(0.25)
-    os.kill(process.pid, how)
-    process.join(20)
+    while process.is_alive():  # again and again: in a step, in saving, and as the interpreter ends
+        os.kill(process.pid, how)
+        time.sleep(0.02)
     step, killed = Run("r").load()["step"], how == signal.SIGKILL
-    assert process.exitcode == (-how if killed else 128 + how) and "Traceback" not in Path("log").read_text()
-    assert (step == STEPS if killed else STEPS <= step < 2 * STEPS) and resumed_as(calm)
+    assert process.exitcode in (-how, 128 + how) and "Traceback" not in Path("log").read_text()
+    assert (step == STEPS if killed else STEPS < step < 2 * STEPS) and resumed_as(calm)
 
 
 def test_killed_many_times_and_damaged_now_and_then(calm):
@@ -162,8 +163,7 @@ def test_a_second_process_is_refused_and_does_no_harm(calm):
     for arguments in (["--resume", "r"], [*TINY, "--out", "r"]):
         status, said = ended(*arguments, log="second")
         assert status == 2 and said.count("\n") == 1 and "error: r is in use: another process" in said
-    assert ended("--eval", "r", log="second")[0] == 0  # which only reads
-    assert first.is_alive()
+    assert ended("--eval", "r", log="second")[0] == 0 and first.is_alive()  # it only reads
     first.kill()
     first.join()
     assert resumed_as(calm)  # its lock went with it
@@ -171,19 +171,16 @@ def test_a_second_process_is_refused_and_does_no_harm(calm):
 
 def test_a_forked_child_does_not_keep_the_lock():
     reading, writing = os.pipe()
-    parent = os.fork()
-    if parent == 0:
+    if not os.fork():
         Run.create("r", {})  # locked
-        child = os.fork()
-        if child:
+        if child := os.fork():
             os.write(writing, str(child).encode())
             os.kill(os.getpid(), signal.SIGKILL)  # without `close`
         time.sleep(60)
-    os.waitpid(parent, 0)
     child = int(os.read(reading, 20))
-    os.kill(child, 0)  # it lives
+    os.wait()
     Run.create("r", {}).close()
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)  # until now it lived
 
 
 # ---- the program itself
@@ -204,16 +201,6 @@ def program(*arguments, seconds=0, n=1, then=""):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1")
     return subprocess.Popen(["bash", "-o", "pipefail", "-c", command], env=environment, **pipes)
-
-
-def test_ctrl_c_again_and_again(calm):
-    process = program(*TINY, "--out", "r", seconds=0.1)
-    wait_for(1, lambda: process.poll() is None)
-    while process.poll() is None:  # in saving, after it, and as the interpreter ends
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-    assert process.returncode in (130, -signal.SIGINT)
-    assert STEPS <= Run("r").load()["step"] < 2 * STEPS and resumed_as(calm)
 
 
 @pytest.mark.parametrize("then", ["| head -n 1", ">/dev/full 2>&-"])
@@ -250,37 +237,10 @@ def test_what_the_first_of_two_processes_refuses():
     assert "process 1: the first process failed" in err and not os.path.exists("r")
 
 
-def test_the_shares_of_a_batch(monkeypatch):
-    parts = []
-    for rank in range(3):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(parallel, "world", lambda: 3)
-        parts.append(parallel.share(torch.arange(10)))
-    assert torch.cat(parts).sort().values.tolist() == list(range(10)) and [len(part) for part in parts] == [4, 3, 3]
-
-
-WILD = [
-    "",
-    " ",
-    "0",
-    "-1",
-    "1e-400",
-    "1e400",
-    "-1e-6",
-    "nan",
-    "-inf",
-    "\u0661",
-    "0x10",
-    "1.5",
-    "9" * 5000,
-    "\0",
-    "a\nb",
-]
-WILD += ["vgg8", "None", "adaptive", "-", "é\udcff", "../..", "/dev/null", "%s", "1e30", "0.1", "2", "cuda:99", "mps"]
-OPTIONS = (
-    "T epochs batch-size lr weight-decay warmup-epochs warmup-from width ei-ratio tau threshold alpha image-size seed"
-)
-OPTIONS = [*OPTIONS.split(), "eps", "arch", "kind", "init", "device", "data-root", "eval", "resume", "clip-norm"]
+WILD = ["", " ", "0", "-1", "1e-400", "1e400", "-1e-6", "nan", "\u0661", "0x10", "1.5", "9" * 5000, "\0", "a\nb", "%s"]
+WILD += ["vgg8", "None", "adaptive", "-", "é\udcff", "../..", "/dev/null", "1e30", "0.1", "2", "cuda:99", "mps", "-inf"]
+OPTIONS = "T epochs batch-size lr weight-decay warmup-epochs warmup-from width ei-ratio tau threshold alpha image-size"
+OPTIONS = [*OPTIONS.split(), *"seed eps arch kind init device data-root eval resume clip-norm plan".split()]
 
 
 def test_whatever_is_typed_ends_in_success_or_one_line(capsys, monkeypatch):
@@ -288,11 +248,9 @@ def test_whatever_is_typed_ends_in_success_or_one_line(capsys, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, root, *_: load(name, "./data"))
     for _ in range(10 * SOAK):
         typed = [f"--{option}={rng.choice(WILD)}" for option in rng.sample(OPTIONS, rng.randint(1, 3))]
-        status = main(*TINY, "--epochs", 1, *typed, "--out", "new")
-        err = capsys.readouterr().err
+        status, err = main(*TINY, "--epochs", 1, *typed, "--out", "new"), capsys.readouterr().err
         assert status == 0 or (status == 2 and err.startswith("error: ") and err.count("\n") == 1), (typed, err)
         shutil.rmtree("new", ignore_errors=True)
-        assert not os.path.exists("runs")
 
 
 def test_the_first_network_learns_the_digits():

@@ -17,7 +17,7 @@ from trainings import FEW, PLACES, STEPS, TINY, end, fails, load, main, snapshot
 
 import train
 from model import build
-from support import data, progress, recipes, runs
+from support import data, recipes, runs
 from support.runs import Run
 
 
@@ -124,23 +124,14 @@ def test_the_run_folder_and_what_is_printed(finished, capsys):
     assert config["lr"] == 0.01 and config["batch_size"] == 8 and config["warmup_epochs"] == pytest.approx(3 / 30)
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and list(table[0])[-1] == "rate_3"
     assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(table[2]["test_accuracy"])
+    recorded = json.loads((finished / "histograms.json").read_text())
+    assert len(recorded) == 4 and len(recorded[0]) == 3  # before the first epoch, and after each; layers
+    assert sum(recorded[3][2]["i_int"]) == sum(recorded[3][2]["u"]) == 30 * 20 * 2  # neurons, test images, time steps
     best = max(table, key=lambda row: float(row["test_accuracy"]))
     capsys.readouterr()
     assert main("--eval", finished) == 0
     words = f"test accuracy {float(best['test_accuracy']):.2%}, loss {float(best['test_loss']):.4f}, T=2"
     assert words in capsys.readouterr().out
-
-
-def test_recording_histograms_changes_no_result(finished, monkeypatch):
-    recorded = json.loads((finished / "histograms.json").read_text())
-    assert len(recorded) == 4 and len(recorded[0]) == 3
-    for layer, n in zip(recorded[3], (50, 50, 30), strict=True):
-        assert sum(layer["i_int"]) == sum(layer["u"]) == n * 20 * 2  # test images, time steps
-    monkeypatch.setattr(progress, "histograms", lambda *_: [])
-    assert main(*TINY, "--out", "without") == 0
-    (state, *others), (state_without, *others_without) = end(finished), end("without")
-    assert state.pop("histograms") != state_without.pop("histograms")
-    assert state == state_without and others == others_without
 
 
 HOW = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
@@ -184,17 +175,14 @@ def test_stopped_and_resumed_ends_with_the_same_bits(what, tmp_path, monkeypatch
     assert all(rate[1:] == ([] if what != "adamw" else [pytest.approx(rate[0] / 10)]) for rate in rates)
 
 
-def test_resuming_a_finished_run_ends_at_once_and_changes_nothing(finished, monkeypatch, capsys):
-    def contents():
-        return {name: raw for name, (raw, _) in snapshot(finished)[0].items()}
-
-    before = contents()
+def test_resuming_a_finished_run_ends_at_once_and_changes_nothing(finished, monkeypatch):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
     monkeypatch.setattr(train, "train_step", None)
-    assert main("--resume", finished) == 0 and contents() == before
-    assert "goes on at step 18, with 3 epochs behind it" in capsys.readouterr().out
-    (finished / "result.json").unlink()
-    (finished / "metrics.csv").write_text("half of a li")
-    assert main("--resume", finished) == 0 and contents() == before  # it writes again what was lost
+    for _ in range(2):
+        assert main("--resume", finished) == 0
+        assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+        (finished / "result.json").unlink()  # what was lost is written again
+        (finished / "metrics.csv").write_text("half of a li")
 
 
 def test_a_longer_schedule(finished, monkeypatch, capsys):
@@ -250,12 +238,12 @@ def test_a_refused_resume_writes_nothing(what, stopped, monkeypatch, capsys):
 def test_data_that_moved(stopped, capsys):
     assert main("--resume", stopped, "--data-root", "./moved") == 0
     assert Run(stopped).config["data_root"] == "./moved" and main("--eval", stopped) == 0
-    assert "the test set has other contents" in fails(capsys, "--eval", stopped, "--data-root", "./untested")
-    assert main("--eval", stopped, "--data-root", "./untested", "--other-data") == 0
+    other = ["--eval", stopped, "--data-root", "./untested"]
+    assert "the test set has other contents" in fails(capsys, *other)
+    assert main(*other, "--other-data") == 0
     assert "other data than those of the training: the test set" in capsys.readouterr().out
-    for option in ([], ["--other-data"]):
-        said = fails(capsys, "--eval", stopped, "--data-root", "./three", *option)
-        assert "there were 10 classes, and now there are 3" in said
+    said = fails(capsys, "--eval", stopped, "--data-root", "./three", "--other-data")
+    assert "there were 10 classes, and now there are 3" in said
 
 
 def test_after_an_error_the_run_is_free_in_the_same_session(stopped, monkeypatch, tmp_path):
@@ -292,26 +280,25 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, words, capsys,
 # ---- numbers
 
 
-@pytest.mark.parametrize("what", ["gradient", "parameter", "loss"])
-def test_a_number_that_is_not_finite_ends_the_training(what, monkeypatch, capsys, tmp_path):
+POISON = {  # the layer that is named, and how it comes to have such a number
+    "encoder.stages.1.circuit.w_ee (its gradient)": lambda layer, _: layer.w_ee.register_hook(lambda g: g * math.inf),
+    "encoder.stages.1.circuit": lambda layer, _: layer.b_e.data.fill_(math.nan),  # u < theta: no spike, a finite loss
+    "readout": lambda _, readout: readout.register_forward_hook(lambda module, args, out: out * math.inf),
+}
+
+
+@pytest.mark.parametrize("layer", POISON)
+def test_a_number_that_is_not_finite_ends_the_training(layer, monkeypatch, capsys, tmp_path):
     original, calls = train.train_step, []
 
     def poison(network, *arguments):
         calls.append(network)
-        layer = network.encoder.stages[1].circuit
-        if len(calls) == STEPS + 2 and what == "gradient":
-            layer.w_ee.register_hook(lambda g: g * math.inf)
-        if len(calls) == STEPS + 2 and what == "parameter":
-            layer.b_e.data[0] = math.nan  # u >= theta is False then: no spike, and a finite loss
-        if len(calls) == STEPS + 2 and what == "loss":
-            network.readout.register_forward_hook(lambda module, args, out: out * math.inf)
+        if len(calls) == STEPS + 2:
+            POISON[layer](network.encoder.stages[1].circuit, network.readout)
         return original(network, *arguments)
 
     monkeypatch.setattr(train, "train_step", poison)
     assert main(*TINY, "--out", "r") == 0
-    layer = dict(gradient="encoder.stages.1.circuit.w_ee (its gradient)", loss="readout").get(
-        what, "encoder.stages.1.circuit"
-    )
     assert f"epoch 2: a number is not finite; first layer with such values: {layer}\n" in capsys.readouterr().out
     found = result(tmp_path / "r")
     assert found["epochs"] == 1 and found["first_nonfinite_layer"] == layer and found["outcome"] != "converged"
@@ -319,8 +306,8 @@ def test_a_number_that_is_not_finite_ends_the_training(what, monkeypatch, capsys
         assert all(value.isfinite().all() for value in Run("r").load(name)["model"].values())
 
 
-@pytest.mark.parametrize("kind", ["ei", "bn"])
-def test_input_that_is_not_finite(kind, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, said", [("ei", "not finite: the circuit"), ("bn", "such values: encoder.stages.0")])
+def test_input_that_is_not_finite(kind, said, monkeypatch, capsys):
     original = data.training_batch
 
     def batch(config, dataset, indices, step):
@@ -328,11 +315,8 @@ def test_input_that_is_not_finite(kind, monkeypatch, capsys):
         return torch.where(torch.tensor(step == 1), math.nan, x), y
 
     monkeypatch.setattr(data, "training_batch", batch)
-    if kind == "ei":
-        assert "not finite" in fails(capsys, *TINY, "--out", "r")
-    else:
-        assert main(*TINY, "--kind", "bn", "--out", "r") == 0
-        assert "number is not finite; first layer with such values: encoder.stages.0" in capsys.readouterr().out
+    assert main(*TINY, "--kind", kind, "--out", "r") == (2 if kind == "ei" else 0)
+    assert said in "".join(capsys.readouterr())
     assert all(value.isfinite().all() for value in Run("r").load()["model"].values())
     assert "there is no" in fails(capsys, "--eval", "r")
 
@@ -382,15 +366,11 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
     assert main(*TINY, "--kind", "bn", "--out", bn) == 0  # with another learning rate: that of its own recipe
     out = beside("--kind", "ei")
     assert out.count("accumulates") == 2 and "beside it, BN-SNN:" in out and out.count("T=2") == 2
-    others = dict(
-        epochs=["--epochs", 1], images=["--data-root", "./other"], T=["--T", 1], batch_size=["--batch-size", 6]
-    )
-    others |= dict(width=["--width", 0.2], plan=["--plan", "20"])
-    for words, options in others.items():
+    for option, value in dict(epochs=1, data_root="./other", T=1, batch_size=6, width=0.2, plan=20).items():
         shutil.rmtree(bn)
-        assert main(*TINY, "--kind", "bn", *options, "--out", bn) == 0
-        out = beside()
-        assert out.splitlines()[-1] == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
+        assert main(*TINY, "--kind", "bn", f"--{option.replace('_', '-')}={value}", "--out", bn) == 0
+        last, words = beside().splitlines()[-1], option.replace("data_root", "images")
+        assert last == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
     for name in ("best.pt", "checkpoint.pt"):
         (bn / name).write_bytes(b"x")
     last = beside().splitlines()[-1]
@@ -441,7 +421,7 @@ def test_a_training_in_a_thread_runs():
     thread = threading.Thread(target=lambda: found.append(main(*TINY, "--out", "r")))
     thread.start()
     thread.join(60)
-    assert found == [0] and main("--resume", "r") == 0
+    assert found == [0] and main("--resume", "r") == 0  # which locks it again
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "pipe"), OSError(28, "full"), ValueError("closed"), None])
@@ -450,18 +430,12 @@ def test_printing_never_decides(error, monkeypatch, tmp_path):
         def write(self, text):
             raise error
 
-    stream = Broken() if error else None  # None: no console, as with pythonw
-    monkeypatch.setattr(sys, "stdout", stream)
+    stream, raw = Broken() if error else None, io.BytesIO()  # None: no console, as with pythonw
     monkeypatch.setattr(sys, "stderr", stream)
-    assert main(*TINY, "--out", "r") == 0
-    assert sys.stdout is stream and (tmp_path / "r" / "result.json").exists()
-
-
-def test_a_console_that_cannot_write_every_letter(monkeypatch, tmp_path):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    assert main(*TINY, "--out", "\u00fc") == 0
-    assert b"run folder: \\xfc" in raw.getvalue() and (tmp_path / "\u00fc" / "result.json").exists()
+    for stdout in (stream, io.TextIOWrapper(raw, encoding="ascii")):  # or one that cannot write every letter
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(*TINY, "--out", "r" if stdout is stream else "\u00fc") == 0 and sys.stdout is stdout
+    assert (tmp_path / "r" / "result.json").exists() and b"run folder: \\xfc" in raw.getvalue()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
@@ -480,19 +454,16 @@ def of(arguments=""):
     return recipes.settings(recipes.parse(arguments.split()))
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
+def test_the_recipe_follows_data_arch_and_kind():
+    for arguments, expected in (
         ("", dict(arch="vgg8", data="digits", T=4)),
         ("--data cifar10", dict(lr=0.002, warmup_epochs=10, epochs=300, batch_size=128)),
         ("--data cifar100 --arch vgg16", dict(lr=0.001, warmup_epochs=30, weight_decay=5e-4)),
         ("--data cifar10 --kind bn", dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4)),
         ("--data cifar10 --epochs 30", dict(warmup_epochs=1)),
         ("--data cifar10 --epochs 30 --warmup-epochs 7", dict(warmup_epochs=7)),
-    ],
-)
-def test_the_recipe_follows_data_arch_and_kind(arguments, expected):
-    assert expected.items() <= of(arguments).items()
+    ):
+        assert expected.items() <= of(arguments).items()
 
 
 def test_run_name_says_what_is_ablated():
