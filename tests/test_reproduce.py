@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from trainings import STEPS, TINY, fails, load, stop_at
+from trainings import STEPS, TINY, fails, load, result, stop_at
 
 import reproduce
 import visualize
@@ -30,10 +30,6 @@ def drawn(tmp_path, monkeypatch):
     return calls
 
 
-def result(tmp_path, name):
-    return json.loads((tmp_path / "runs" / name / "result.json").read_text())
-
-
 def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 3 * STEPS + STEPS + 1)  # in the second epoch of the second run
@@ -45,8 +41,8 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, cap
     out = capsys.readouterr().out
     assert out.count("finished before") == 1 and f"run 3 of 3: {BN}" in out and "; 4 epochs left in all" in out
     lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| network") and len([line for line in lines if "mlp" in line]) == 3
-    assert any("mlp plain | 0.1 | 0 | 3/3 |" in line for line in lines) and lines[2] in out
+    assert sum("mlp" in line for line in lines) == 3 and lines[2] in out
+    assert any("mlp plain | 0.1 | 0 | 3/3 |" in line for line in lines)
     assert drawn[0][:2] == ["all", "runs"] and "--width=0.1" in drawn[0]
     for file in tmp_path.glob("runs/*/checkpoint*.pt"):  # large, and of no use to a finished run
         file.unlink()
@@ -58,12 +54,9 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, cap
     "how", ["in use: another", "cannot be used", "was made with lr=0.01, not 0.02", "out of memory"]
 )
 def test_a_run_that_cannot_be_trained_leaves_the_rest(how, tmp_path, capsys, monkeypatch):
-    original = reproduce.train.header
-
-    def header(config, *arguments):
+    def full(config, *_):
         if config["kind"] == "ei":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        original(config, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setitem(reproduce.SUITES, "paper", [dict(kind="ei")])
@@ -76,19 +69,18 @@ def test_a_run_that_cannot_be_trained_leaves_the_rest(how, tmp_path, capsys, mon
         for name in ("checkpoint.pt", "checkpoint.prev.pt"):
             (run.folder / name).write_bytes(b"x")
     elif how.startswith("out"):
-        monkeypatch.setattr(reproduce.train, "header", header)
+        monkeypatch.setattr(reproduce.train, "header", full)
     capsys.readouterr()
     assert main(*["--lr", "0.02"] * how.startswith("was")) == 2
-    last = capsys.readouterr().out.splitlines()[-1]
+    last, table = capsys.readouterr().out.splitlines()[-1], (tmp_path / "runs" / "table.md").read_text()
     assert last.startswith(f"not trained: {EI}: ") and how in last
-    assert all(result(tmp_path, name)["epochs"] == 3 for name in (PLAIN, BN))
-    table = (tmp_path / "runs" / "table.md").read_text()
+    assert all(result(f"runs/{name}")["epochs"] == 3 for name in (PLAIN, BN))
     assert "mlp plain" in table and "mlp bn" in table and "mlp ei" not in table
 
 
 def test_a_run_at_chance_is_given_up_and_the_table_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce.train, "evaluate", lambda *_: (0.7, 0.1, [0.1] * 3))
-    assert main("--give-up") == 0 and result(tmp_path, EI)["epochs"] == 1
+    assert main("--give-up") == 0 and result(f"runs/{EI}")["epochs"] == 1
     table = (tmp_path / "runs" / "table.md").read_text()
     assert table.count("1/3") == table.count("given up at chance") == 3
     assert main() == 0 and capsys.readouterr().out.count(", given up at chance\n") == 3
@@ -102,7 +94,7 @@ def test_finished_runs_their_data_and_a_damaged_result(capsys, tmp_path, monkeyp
         assert "which is finished: the training set has other contents" in said and "choose another --out" in said
     path = tmp_path / "runs" / PLAIN / "result.json"
     whole = path.read_text()
-    path.write_text(json.dumps(json.loads(whole) | dict(data=dict(result(tmp_path, PLAIN)["data"], shape=[1, 9, 9]))))
+    path.write_text(json.dumps(json.loads(whole) | dict(data=result(path.parent)["data"] | dict(shape=[1, 9, 9]))))
     assert main("--data-root", "./other") == 0  # other sizes, or other frames of the same recordings
     for text in (
         "{",

