@@ -37,8 +37,7 @@ class Progress:
     """The state of a training. `epochs` and `batches` are what its loop runs over.
 
     Args:
-        run: the `Run` to which everything is saved.
-        config: its settings.
+        run, config: the `Run` to which everything is saved, and its settings.
         dataset, model, optimizer: what is trained, and with what. The model is initialised, if the training is new.
         state: of an earlier training, to go on with; None: it is new.
         give_up: end the training when the network is at chance for a third of its epochs.
@@ -160,9 +159,9 @@ class Progress:
         print(f"{row['seconds']:.0f} s  firing rates", " ".join(f"{r:.3f}" for r in rates), flush=True)
         if parallel.world() == 1 and self.signals:
             self.stopped = self.signals[0]
-        accuracies = [row["test_accuracy"] for row in self.history]
-        at_chance = outcome(accuracies, self.dataset.chance) == "failed to converge"
-        self.given_up = self.give_up and at_chance and 3 * epoch >= self.config["epochs"] > epoch
+        if self.give_up and 3 * epoch >= self.config["epochs"] > epoch:
+            accuracies = [row["test_accuracy"] for row in self.history]
+            self.given_up = outcome(accuracies, self.dataset.chance) == "failed to converge"
         if self.run.after_epoch:
             self.run.after_epoch(self.history)
 
@@ -171,6 +170,6 @@ class Progress:
         if self.stopped:
             return self.stopped
         if self.broken:
-            place = f"epoch {self.step // self.steps_per_epoch + 1}"
-            print(f"{place}: a number is not finite; first layer with such values: {self.broken}")
+            epoch = len(self.history) + 1
+            print(f"epoch {epoch}: a number is not finite; first layer with such values: {self.broken}")
         return self.run.finish(self.history, self.dataset.chance, self.broken, self.given_up)

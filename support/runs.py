@@ -52,11 +52,8 @@ def replace(source, target):
 
 
 def write_atomically(path, content, keep=None):
-    """Writes bytes to a file so that it is never seen half written. What was there is moved to the path `keep`, if any.
-
-    Raises:
-        OSError: a full disk, a folder that cannot be written. What was there is intact then.
-    """
+    """Writes bytes to a file so that it is never seen half written. What was there is moved to the path `keep`, if any;
+    if nothing can be written, it stays, and that is an OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -167,11 +164,8 @@ class Run:
         return state
 
     def settings(self, given, free=("data_root",)):
-        """The settings, and what is `given` (None: not) of those that are free to change; data may have moved.
-
-        Raises:
-            ValueError: it contradicts another one.
-        """
+        """The settings, and what is `given` (None: not) of those that are free to change; data may have moved. If it
+        contradicts another one, that is a ValueError."""
         for key, value in self.config.items():
             if key not in free and given.get(key) not in (None, value):
                 raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}")

@@ -1,6 +1,8 @@
 """What tests of trainings share: a few digits, a narrow MLP, the command line, and what two runs must have equal."""
 
+import json
 import signal
+from pathlib import Path
 
 import torch
 
@@ -13,14 +15,14 @@ TINY = ["--arch", "mlp", "--width", "0.1", "--T", "2", "--batch-size", "8", "--e
 STEPS = 6  # an epoch
 
 
-def digits(first=0, first_test=0):
+def digits(first, first_test):
     """48 of scikit-learn's digits for training and 20 for testing, 8x8 pixels."""
     train, test = slice(first, first + 48), slice(first_test, first_test + 20)
     return data.Dataset(WHOLE.train_x[train], WHOLE.train_y[train], WHOLE.test_x[test], WHOLE.test_y[test], 10)
 
 
-FEW = digits()
-PLACES = {"./data": FEW, "./moved": FEW, "./other": digits(48), "./untested": digits(0, 20)}
+FEW = digits(0, 0)
+PLACES = {"./data": FEW, "./moved": FEW, "./other": digits(48, 0), "./untested": digits(0, 20)}
 PLACES["./three"] = data.Dataset(FEW.train_x, FEW.train_y % 3, FEW.test_x, FEW.test_y % 3, 3)
 
 
@@ -75,3 +77,7 @@ def snapshot(folder):
     """Contents and times of all files of a folder, and its own time."""
     files = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
     return files, folder.stat().st_mtime_ns
+
+
+def result(folder):
+    return json.loads(Path(folder, "result.json").read_text())
