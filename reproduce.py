@@ -66,7 +66,7 @@ def plan(args):
     configs = []
     for own in chosen:
         without = dict.fromkeys(
-            recipes.LACKS.get(own.get("kind", args.kind), ())
+            {*recipes.LACKS.get(own.get("kind", args.kind), ())} - {*recipes.ABLATIONS}
         )  # what this kind of network does not have
         try:
             config = recipes.settings(argparse.Namespace(**given | own | without))

@@ -250,8 +250,8 @@ def test_after_an_error_the_run_is_free_in_the_same_session(stopped, monkeypatch
 
 
 BAD = """--arch vgg9: vgg9; --data mnisst: mnisst; --kind ln: ln; --T 0: at least 1; --epochs 1.5: whole number
---batch-size -3: at least 1; --kind dann --no-ste: leave it out; --kind bn --eps 1e-6: of --kind ei only
---kind dann --tau 3: spiking neurons; --kind bn --ei-ratio 8: E-I circuits; --tau 0.5: at least 1; --lr nan: positive
+--batch-size -3: at least 1; --kind dann --no-ste: leave it out; --kind bn --eps 1e-6: leave it out
+--kind dann --tau 3: has no --tau; --kind bn --ei-ratio 8: has no --ei-ratio; --tau 0.5: at least 1; --lr nan: positive
 --threshold 0: positive number; --width 0: 0.001 to 100; --batch-size 49: larger than the training set of 48
 --warmup-epochs 10 --epochs 2: longer than the training; --eps -1e-6: adaptive; --eps small: adaptive
 --device abacus: abacus; --device=: cannot be used; --device meta: cannot be used; --seed -1: at least 0
