@@ -73,7 +73,7 @@ def test_frames_of_equal_event_count(gestures, size):
     assert frames.sum((2, 3, 4)).flatten().tolist() == pytest.approx([333] * 12)  # 1000 // 3: none is lost
     file = gestures / "DVSGesture" / "ibmGestureTrain" / "user01_fluorescent_led" / "10.npy"
     torch.testing.assert_close(frames[3], by_hand(np.load(file), 3, size))
-    with pytest.raises(ValueError, match="runs for T=4 time steps, but the data have 3 frames"):
+    with pytest.raises(ValueError, match="network takes images"):
         build("vgg8", 2, 11, T=4, image_size=size, plan=["P", 8])(frames)
 
 
