@@ -396,14 +396,13 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
     assert main(*TINY, "--kind", "bn", "--out", bn) == 0  # with another learning rate: that of its own recipe
     out = beside("--kind", "ei")
     assert out.count("accumulates") == 2 and "beside it, BN-SNN:" in out and out.count("T=2") == 2
+    (bn / "best.pt").write_bytes(b"x")
+    assert beside().splitlines()[-1].startswith("the BN-SNN beside it is not compared: ")
     for option, value in dict(epochs=1, data_root="./other", T=1, batch_size=6, width=0.2, plan=20).items():
         shutil.rmtree(bn)
         assert main(*TINY, "--kind", "bn", f"--{option.replace('_', '-')}={value}", "--out", bn) == 0
         last, words = beside().splitlines()[-1], option.replace("data_root", "images")
         assert last == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
-    for name in ("best.pt", "checkpoint.pt"):
-        (bn / name).write_bytes(b"x")
-    assert beside().splitlines()[-1].startswith("the BN-SNN beside it is not compared: ")
 
 
 @pytest.mark.parametrize("option", ["--resume", "--eval"])
