@@ -123,12 +123,13 @@ def test_which_runs_there_are(monkeypatch):
     monkeypatch.undo()
 
     def runs(arguments):
-        return {reproduce.recipes.run_name(c): c for c in reproduce.plan(reproduce.parse(arguments.split()))}
+        return reproduce.plan(reproduce.parse(arguments.split()))
 
-    assert len(runs("")) == 12 and next(iter(runs(""))) == "digits-vgg8-ei-seed0"
+    names = [reproduce.recipes.run_name(config) for config in runs("--suite paper depth")]
+    assert len(runs("")) == 12 and names[0] == "digits-vgg8-ei-seed0" and "digits-vgg19-bn-seed0" in names
     assert len(runs("--seeds 3")) == 12 + 2 * 3 and len(runs("--suite rivals --seeds 2")) == 6
-    assert len(runs("--suite paper depth")) == 12 + 8 and "digits-vgg19-bn-seed0" in runs("--suite depth")
-    wide = runs("--width 0.5 --epochs 20 --data folder").values()
+    assert len(names) == 12 + 8 and len(runs("--suite paper rivals")) == 12  # each once
+    wide = runs("--width 0.5 --epochs 20 --data folder")
     assert all(config["width"] == 0.5 and config["epochs"] == 20 for config in wide)
     assert {config["lr"] for config in wide} == {0.002, 0.1, 0.02}  # each has the recipe of its own kind
 
