@@ -108,8 +108,8 @@ class Run:
             return checked(config)
         except Exception as error:  # a damaged file fails in many ways
             if not saved(self.folder):
-                raise ValueError(f"{self.folder} is not a run folder: {path} cannot be used ({error})") from None
-            print(f"{path} is damaged ({error}): the settings in the checkpoint are used")
+                raise ValueError(f"{self.folder} is not a run folder: {path} cannot be read ({error})") from None
+            print(f"{path} cannot be read ({error}): the settings in the checkpoint are used")
             return self.load()["config"]
 
     @classmethod
@@ -198,12 +198,12 @@ class Run:
 
     def write_tables(self, history, histograms):
         """Writes metrics.csv, histograms.json and config.json. A result.json of fewer epochs goes."""
-        if self._lock and len(history) < self.config["epochs"]:
-            (self.folder / "result.json").unlink(missing_ok=True)
         table = [list(history[0]), *(row.values() for row in history)] if history else []
         self._write("metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
         self._write("histograms.json", json.dumps(histograms).encode() + b"\n")
         self._write("config.json", self.config | dict(equations=self.equations))
+        if self._lock and len(history) < self.config["epochs"]:
+            (self.folder / "result.json").unlink(missing_ok=True)
 
     def keep_best(self, model, epoch, accuracy):
         """Writes best.pt. A network that was trained elsewhere is of epoch 0; such a run has no more than that."""
@@ -231,7 +231,8 @@ class Run:
                     raise ValueError(f"it was saved with {key}={then[key]}, but config.json says {value}")
             return state
         except FileNotFoundError:
-            said = f"there is no {path}" + f"; it comes after an epoch: --resume {self.quoted}" * saved(self.folder)
+            advice = f"; python train.py --resume {self.quoted} writes it after an epoch"
+            said = f"there is no {path}" + advice * (name == BEST and saved(self.folder))
         except Exception as error:  # a foreign file fails in many ways
             said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:200]})"
             if path.read_bytes()[:100].startswith(b"version https://git-lfs"):

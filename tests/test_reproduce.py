@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from trainings import STEPS, TINY, fails, load, result, stop_at
+from test_train import STEPS, TINY, fails, load, result, stop_at
 
 import reproduce
 import visualize
@@ -122,14 +122,14 @@ def test_the_authors_numbers_stand_beside_cifar10_only():
 def test_which_runs_there_are(monkeypatch):
     monkeypatch.undo()
 
-    def names(*arguments):
-        return [reproduce.recipes.run_name(config) for config in reproduce.plan(reproduce.parse(arguments))]
+    def runs(arguments):
+        return reproduce.plan(reproduce.parse(arguments.split()))
 
-    assert len(names()) == 12 and names()[0] == "digits-vgg8-ei-seed0"
-    assert len(set(names("--seeds", "3"))) == 12 + 2 * 3 and len(names("--suite", "rivals", "--seeds", "2")) == 6
-    both = names("--suite", "paper", "depth")
-    assert len(both) == len(set(both)) == 12 + 8 and "digits-vgg19-bn-seed0" in both
-    wide = reproduce.plan(reproduce.parse(["--width", "0.5", "--epochs", "20", "--data", "folder"]))
+    names = [reproduce.recipes.run_name(config) for config in runs("--suite paper depth")]
+    assert len(runs("")) == 12 and names[0] == "digits-vgg8-ei-seed0" and "digits-vgg19-bn-seed0" in names
+    assert len(runs("--seeds 3")) == 12 + 2 * 3 and len(runs("--suite rivals --seeds 2")) == 6
+    assert len(names) == 12 + 8 and len(runs("--suite paper rivals")) == 12  # each once
+    wide = runs("--width 0.5 --epochs 20 --data folder")
     assert all(config["width"] == 0.5 and config["epochs"] == 20 for config in wide)
     assert {config["lr"] for config in wide} == {0.002, 0.1, 0.02}  # each has the recipe of its own kind
 

@@ -27,8 +27,9 @@ def create(folder, **options):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """A run with a checkpoint, that of step 3, and the one before, of step 2."""
+    monkeypatch.chdir(tmp_path)
     run, network = create(tmp_path / "r"), nn.Linear(1, 1)
     nn.init.constant_(network.weight, 7)
     run.keep_best(network, 2, 0.7)
@@ -45,9 +46,8 @@ def test_a_run_folder_round_trip(run, capsys):
     assert names(run.folder) == KEPT
     again = Run(run.folder)
     assert again.config == CONFIG and again.equations == equations()
-    state, best = again.load(), again.load("best.pt")
-    assert torch.equal(state.pop("model")["w"], STATE["model"]["w"])
-    assert state == {k: v for k, v in STATE.items() if k != "model"} | dict(config=CONFIG, data=None)
+    best = again.load("best.pt")
+    assert repr(again.load()) == repr(STATE | dict(config=CONFIG, data=None))
     assert (best["epoch"], best["accuracy"], best["model"]["weight"].item()) == (2, 0.7, 7)
     assert (run.folder / "metrics.csv").read_text() == "epoch,test_accuracy,seconds\n1,0.5,2.5\n"
     run.finish([dict(epoch=i + 1, test_accuracy=a, seconds=1.0) for i, a in enumerate([0.2, 0.7, 0.7, 0.4])], 0.1)
@@ -56,7 +56,7 @@ def test_a_run_folder_round_trip(run, capsys):
     assert [result[key] for key in ("test_accuracy", "best_test_accuracy", "best_epoch")] == [0.4, 0.7, 2]
     assert result["config"] == CONFIG and names(run.folder) == [*KEPT, "result.json"]
     run.save(STATE)
-    assert names(run.folder) == KEPT  # a result of other epochs does not survive
+    assert names(run.folder) == KEPT  # a result of more epochs, or of fewer, does not survive
 
 
 def test_outcome():
@@ -66,15 +66,10 @@ def test_outcome():
         ([0.85, 0.92], 0.8, "converged"),
         ([0.5, 0.1, 0.17], 0.1, "converged"),  # low, but above 1.5 times chance
         ([0.5, 0.12, 0.6, 0.1], 0.1, "collapsed (epoch 4)"),
-        ([0.3, 0.5, 0.15, 0.1], 0.1, "collapsed (epoch 3)"),
         ([0.95, 0.8], 0.8, "collapsed (epoch 2)"),
     ):
         assert outcome(accuracies, chance) == expected
-    assert outcome([0.5, 0.6], 0.1, nonfinite=True) == "collapsed (epoch 3)"
-    assert outcome([], 0.1, nonfinite=True) == "failed to converge"
-
-
-# ---- whose the folder is
+    assert [outcome(a, 0.1, nonfinite=True) for a in ([0.5, 0.6], [])] == ["collapsed (epoch 3)", "failed to converge"]
 
 
 def chosen(folder):
@@ -116,10 +111,9 @@ def test_a_folder_is_of_one_training_at_a_time(tmp_path):
     assert Run(tmp_path / "r").resume(CONFIG)["step"] == 3
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
-def test_a_file_system_without_locks(error, tmp_path, monkeypatch):
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(_):
-        raise error
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(runs.FileLock, "acquire", refuse)
     create(tmp_path / "r").save(STATE)
@@ -152,32 +146,26 @@ def test_what_was_there_survives_a_full_disk(call, error, run, monkeypatch):
     assert writes == all_writes + len(failing) and run.load()["step"] == 9
 
 
-# ---- damaged files
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
+class Bomb:
     def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
+        return os.system, ("touch ran",)
 
 
 def damage(path, how):
     """Replaces a file by a damaged one, or by something else under its name."""
-    raw, ran = bytearray(path.read_bytes()), path.parent.parent / "ran"
+    raw = bytearray(path.read_bytes())
     if how == "missing":
         path.unlink()
     elif how == "another file":
         torch.save(dict(config=CONFIG) | dict.fromkeys(["optimizer"] * (path.name == "best.pt")), path)
     elif how == "bomb in a zip":
-        torch.save(STATE | dict(config=CONFIG, model=Malicious(ran)), path)
+        torch.save(STATE | dict(config=CONFIG, model=Bomb()), path)
     else:
         flipped = raw.copy()
         flipped[raw.index(b"PK", 4) // 2] ^= 1  # a bit of what the first checksum is of
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         others = dict(truncated=raw[: len(raw) // 2], empty=b"", flipped=flipped, pointer=pointer)
-        path.write_bytes(others.get(how, pickle.dumps(Malicious(ran))))
+        path.write_bytes(others.get(how, pickle.dumps(Bomb())))
 
 
 HOW = dict(missing="there is no", pointer="Git LFS pointer, not the file itself: run git lfs pull")
@@ -204,37 +192,32 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(run, how, capsy
             run.load(name)
         said = str(error.value)
         assert HOW[how] in said and "\n" not in said and (how == "missing" or last in said)
-    assert not (run.folder.parent / "ran").exists()
+    assert not Path("ran").exists()
 
 
 def test_no_flipped_bit_changes_a_number_unnoticed(run, capsys):
     path, noticed = run.folder / "checkpoint.pt", 0
-    raw, good = path.read_bytes(), run.load()
+    raw, good = path.read_bytes(), repr(run.load())
     for i in range(0, len(raw), 17):
         path.write_bytes(raw[:i] + bytes([raw[i] ^ 4]) + raw[i + 1 :])
-        state = Run(run.folder).load()
-        if state["step"] == 2:
-            noticed += 1
-        else:  # padding, or a date
-            assert torch.equal(state.pop("model")["w"], good["model"]["w"])
-            assert state == {key: value for key, value in good.items() if key != "model"}
+        state = run.load()
+        noticed += state["step"] == 2
+        assert state["step"] == 2 or repr(state) == good  # padding, or a date
     assert noticed > len(raw) / 51
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "{ half", "[]", "null", "[" * 100_000, "{}", "\0\xff", "epochs", "data_root"]
-)
+@pytest.mark.parametrize("text", [None, "", "{ half", "[]", "null", "deep", "{}", "\0\xff", "epochs", "data_root"])
 def test_damaged_settings_are_those_in_the_checkpoint(text, run, capsys):
     path = run.folder / "config.json"
-    text = json.dumps(CONFIG | {text: None}) if text in CONFIG else text
+    text = {"deep": "[" * 100_000, **{key: json.dumps(CONFIG | {key: None}) for key in CONFIG}}.get(text, text)
     path.unlink() if text is None else path.write_text(text, encoding="latin-1")
     again = Run(run.folder)
     again.say_other_equations()  # nobody knows
     out = capsys.readouterr().out
-    assert again.config == CONFIG and out.count("\n") == 1 and f"{path} is damaged" in out
+    assert again.config == CONFIG and out.count("\n") == 1 and f"{path} cannot be read" in out
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
         (run.folder / name).unlink()
-    with pytest.raises(ValueError, match=r"is not a run folder: .*config\.json cannot be used"):
+    with pytest.raises(ValueError, match=r"is not a run folder: .*config\.json cannot be read"):
         Run(run.folder)
 
 

@@ -9,16 +9,82 @@ import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from trainings import FEW, PLACES, STEPS, TINY, end, fails, load, main, result, snapshot, stop_at
 
 import train
 from model import build
 from support import data, recipes, runs
 from support.runs import Run
+
+WHOLE = data.load("digits", image_size=8)
+TINY = ["--arch", "mlp", "--width", "0.1", "--T", "2", "--batch-size", "8", "--epochs", "3", "--device", "cpu"]
+STEPS = 6  # an epoch
+
+
+def digits(first, first_test):
+    """48 of scikit-learn's digits for training and 20 for testing, 8x8 pixels."""
+    train, test = slice(first, first + 48), slice(first_test, first_test + 20)
+    return data.Dataset(WHOLE.train_x[train], WHOLE.train_y[train], WHOLE.test_x[test], WHOLE.test_y[test], 10)
+
+
+FEW = digits(0, 0)
+PLACES = {"./data": FEW, "./moved": FEW, "./other": digits(48, 0), "./untested": digits(0, 20)}
+PLACES["./three"] = data.Dataset(FEW.train_x, FEW.train_y % 3, FEW.test_x, FEW.test_y % 3, 3)
+
+
+def load(name, root, *_):
+    """In place of `data.load`, which would read all digits: those of this folder."""
+    return PLACES[root]
+
+
+def main(*arguments):
+    return train.main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments, command=main):
+    """The one line on stderr with which a command ends, its exit status being 2."""
+    capsys.readouterr()
+    assert command(*arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def stop_at(monkeypatch, call, function="train_step", how=signal.SIGTERM):
+    """Has a function of train.py raise a signal in one of its calls, counted from 1."""
+    original, count = getattr(train, function), [0]
+
+    def stopping(*arguments, **options):
+        count[0] += 1
+        if count[0] == call:
+            signal.raise_signal(how)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(train, function, stopping)
+
+
+def end(folder):
+    """All of a run's end that must not depend on how often it was stopped, tensors as bytes."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.numpy().tobytes()
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items() if key != "seconds"}
+        return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+    run = Run(folder)
+    rows = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
+    seconds = rows[0].index("seconds")
+    return [plain(run.load()), plain(run.load("best.pt")), [row[:seconds] + row[seconds + 1 :] for row in rows]]
+
+
+def result(folder):
+    return json.loads(Path(folder, "result.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +111,6 @@ def stopped(tmp_path, monkeypatch):
 
 def rows(folder):
     return list(csv.DictReader((folder / "metrics.csv").open()))
-
-
-# ---- one step
 
 
 @pytest.fixture
@@ -96,23 +159,17 @@ def test_learning_rate_warms_up_and_anneals():
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
 
 
-# ---- a whole training
-
-
 def test_the_run_folder_and_what_is_printed(finished, capsys):
     assert main(*TINY, "--out", "again") == 0
     out = capsys.readouterr().out
-    assert all(
-        word in out for word in ("cpu", "digits: 48 training", "mlp ei", "inhibitory", "batch_size=8", "lr=0.01")
-    )
+    for word in ("cpu", "digits: 48 training", "mlp ei", "inhibitory", "batch_size=8", "lr=0.01"):
+        assert word in out
     assert out.count("\nepoch ") == 3 and "firing rates" in out and "again" in out.splitlines()[-1]
     assert main(*TINY, "--seed", "1", "--out", "other") == 0
     assert end("again") == end(finished) != end("other")  # the same settings, the same bits
-    config, table = json.loads((finished / "config.json").read_text()), rows(finished)
-    assert config["lr"] == 0.01 and config["batch_size"] == 8 and config["warmup_epochs"] == pytest.approx(3 / 30)
+    table, recorded = rows(finished), json.loads((finished / "histograms.json").read_text())
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and list(table[0])[-1] == "rate_3"
     assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(table[2]["test_accuracy"])
-    recorded = json.loads((finished / "histograms.json").read_text())
     assert len(recorded) == 4 and len(recorded[0]) == 3  # before the first epoch, and after each; layers
     assert sum(recorded[3][2]["i_int"]) == sum(recorded[3][2]["u"]) == 30 * 20 * 2  # neurons, test images, time steps
     best = max(table, key=lambda row: float(row["test_accuracy"]))
@@ -173,17 +230,14 @@ def test_resuming_a_finished_run_ends_at_once_and_changes_nothing(finished, monk
 
 
 def test_a_longer_schedule(finished, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1)
-        assert main("--resume", finished, "--epochs", 5) == 128 + signal.SIGTERM
+    stop_at(monkeypatch, 1)
+    assert main("--resume", finished, "--epochs", 5) == 128 + signal.SIGTERM
     assert not (finished / "result.json").exists()  # that of three epochs
     assert main("--resume", finished) == 0 and main("--eval", finished) == 0
     assert result(finished)["epochs"] == result(finished)["config"]["epochs"] == len(rows(finished)) == 5
     assert float(rows(finished)[4]["lr"]) == train.learning_rate(Run(finished).config, 5 * STEPS - 1, STEPS)
     assert "has 5 epochs behind it" in fails(capsys, "--resume", finished, "--epochs", 4)
 
-
-# ---- what is refused
 
 REFUSED = {
     "other data": (["--data-root", "./other"], "the training set has other contents"),
@@ -199,7 +253,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refused_resume_writes_nothing(what, stopped, monkeypatch, capsys):
-    options, words = REFUSED[what]
+    (options, words), sgd = REFUSED[what], torch.optim.SGD
+
+    def contents():
+        return [(f.name, f.read_bytes(), f.stat().st_mtime_ns) for f in stopped.iterdir()], stopped.stat().st_mtime_ns
+
     other, files = Run(stopped), [stopped / name for name in ("checkpoint.pt", "checkpoint.prev.pt")]
     with monkeypatch.context() as patch:
         if what == "other network":
@@ -207,18 +265,16 @@ def test_a_refused_resume_writes_nothing(what, stopped, monkeypatch, capsys):
         elif what == "other optimiser":
             patch.setattr(torch.optim, "SGD", lambda parameters, **_: torch.optim.Adam(parameters))
         elif what == "other order":
-            patch.setattr(
-                torch.optim, "SGD", lambda parameters, sgd=torch.optim.SGD, **how: sgd([*parameters][::-1], **how)
-            )
+            patch.setattr(torch.optim, "SGD", lambda parameters, **how: sgd([*parameters][::-1], **how))
         elif what == "in use":
             other.lock()
         intact = [file.read_bytes() for file in files]
         if what == "damaged":
             for file in files:
                 file.write_bytes(b"x")
-        before = snapshot(stopped)
+        before = contents()
         assert words in fails(capsys, "--resume", stopped, *options)
-        assert snapshot(stopped) == before
+        assert contents() == before
         other.close()
     for file, raw in zip(files, intact, strict=True):
         file.write_bytes(raw)
@@ -228,9 +284,8 @@ def test_a_refused_resume_writes_nothing(what, stopped, monkeypatch, capsys):
 def test_data_that_moved(stopped, capsys):
     assert main("--resume", stopped, "--data-root", "./moved") == 0
     assert Run(stopped).config["data_root"] == "./moved" and main("--eval", stopped) == 0
-    other = ["--eval", stopped, "--data-root", "./untested"]
-    assert "the test set has other contents" in fails(capsys, *other)
-    assert main(*other, "--other-data") == 0
+    assert "the test set has other contents" in fails(capsys, "--eval", stopped, "--data-root", "./untested")
+    assert main("--eval", stopped, "--data-root", "./untested", "--other-data") == 0
     assert "other data than those of the training: the test set" in capsys.readouterr().out
     said = fails(capsys, "--eval", stopped, "--data-root", "./three", "--other-data")
     assert "the classes have other names" in said
@@ -249,15 +304,14 @@ def test_after_an_error_the_run_is_free_in_the_same_session(stopped, monkeypatch
     assert main("--resume", stopped) == main("--resume", "new") == 0
 
 
-BAD = """--arch vgg9: vgg9; --data mnisst: mnisst; --kind ln: ln; --T 0: at least 1; --epochs 1.5: whole number
+BAD = """--arch vgg9: vgg9; --kind ln: ln; --T 0: at least 1; --epochs 1.5: whole number; --lr nan: positive
 --batch-size -3: at least 1; --kind dann --no-ste: leave it out; --kind bn --eps 1e-6: leave it out
---kind dann --tau 3: has no --tau; --kind bn --ei-ratio 8: has no --ei-ratio; --tau 0.5: at least 1; --lr nan: positive
+--kind dann --tau 3: has no --tau; --kind bn --ei-ratio 8: has no --ei-ratio; --eps small: adaptive; --seed -1: at least 0
 --threshold 0: positive number; --width 0: 0.001 to 100; --batch-size 49: larger than the training set of 48
---warmup-epochs 10 --epochs 2: longer than the training; --eps -1e-6: adaptive; --eps small: adaptive
---device abacus: abacus; --device=: cannot be used; --device meta: cannot be used; --seed -1: at least 0
+--warmup-epochs 10 --epochs 2: longer than the training; --eps -1e-6: adaptive; --device=: cannot be used
 --out ~nobody-of-this-name/x: home directory; --frobnicate: frobnicate; --resume nowhere: nowhere is not a run folder
 --eval=: not a run folder; --resume a --eval b: one of them; --resume a --out b: one of them; --out file/r: Not a dir
---out file: is no folder"""
+--device abacus: abacus; --tau 0.5: at least 1; --device meta: cannot be used; --out file: is no folder"""
 
 
 @pytest.mark.parametrize("arguments, words", [case.split(": ") for case in BAD.replace("\n", "; ").split("; ")])
@@ -267,9 +321,6 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, words, capsys,
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-# ---- numbers
-
-
 POISON = {  # the layer that is named, and how it comes to have such a number
     "encoder.stages.1.circuit.w_ee (its gradient)": lambda layer, _: layer.w_ee.register_hook(lambda g: g * math.inf),
     "encoder.stages.1.circuit": lambda layer, _: layer.b_e.data.fill_(math.nan),  # u < theta: no spike, a finite loss
@@ -277,30 +328,29 @@ POISON = {  # the layer that is named, and how it comes to have such a number
 }
 
 
-@pytest.mark.parametrize("layer", POISON)
+@pytest.mark.parametrize("layer", [*POISON, None])  # None: a rate that is far too large
 def test_a_number_that_is_not_finite_ends_the_training(layer, monkeypatch, capsys, tmp_path):
     original, calls = train.train_step, []
 
     def poison(network, *arguments):
         calls.append(network)
-        if len(calls) == STEPS + 2:
+        if layer and len(calls) == STEPS + 2:
             POISON[layer](network.encoder.stages[1].circuit, network.readout)
         return original(network, *arguments)
 
     monkeypatch.setattr(train, "train_step", poison)
-    assert main(*TINY, "--out", "r") == 0
-    assert f"epoch 2: a number is not finite; first layer with such values: {layer}\n" in capsys.readouterr().out
-    found = result("r")
-    assert found["epochs"] == 1 and found["first_nonfinite_layer"] == layer and found["outcome"] != "converged"
-    for name in ("checkpoint.pt", "best.pt"):
-        assert all(value.isfinite().all() for value in Run("r").load(name)["model"].values())
+    assert main(*TINY, "--out", "r", *([] if layer else ["--lr", "1e20", "--warmup-epochs", "0"])) == 0
+    found, out = result("r"), capsys.readouterr().out
+    assert found["outcome"] == "failed to converge"
+    assert all(value.isfinite().all() for value in Run("r").load()["model"].values())
+    if layer:
+        assert f"epoch 2: a number is not finite; first layer with such values: {layer}\n" in out
+        assert found["epochs"] == 1 and found["first_nonfinite_layer"] == layer
 
 
 @pytest.mark.parametrize("kind, said", [("ei", "not finite: the circuit"), ("bn", "such values: encoder.stages.0")])
 def test_input_that_is_not_finite(kind, said, monkeypatch, capsys):
-    original = data.training_batch
-
-    def batch(config, dataset, indices, step):
+    def batch(config, dataset, indices, step, original=data.training_batch):
         x, y = original(config, dataset, indices, step)
         return torch.where(torch.tensor(step == 1), math.nan, x), y
 
@@ -308,14 +358,7 @@ def test_input_that_is_not_finite(kind, said, monkeypatch, capsys):
     assert main(*TINY, "--kind", kind, "--out", "r") == (2 if kind == "ei" else 0)
     assert said in "".join(capsys.readouterr())
     assert all(value.isfinite().all() for value in Run("r").load()["model"].values())
-    assert "there is no" in fails(capsys, "--eval", "r")
-
-
-@pytest.mark.parametrize("lr", ["1e20", "1e30"])
-def test_a_rate_that_is_far_too_large(lr, tmp_path):
-    assert main(*TINY, "--lr", lr, "--warmup-epochs", "0", "--out", "r") == 0
-    assert result("r")["outcome"] == "failed to converge"
-    assert all(value.isfinite().all() for value in Run("r").load()["model"].values())
+    assert "there is no r/best.pt" in fails(capsys, "--eval", "r")
 
 
 def test_a_parameter_that_overflows_in_the_last_step_is_not_saved(monkeypatch, tmp_path):
@@ -341,9 +384,6 @@ def test_chance_is_the_share_of_the_commonest_class(accuracy, outcome, monkeypat
     assert main("--resume", "r") == 0 and result("r")["epochs"] == 3  # the rest of it
 
 
-# ---- testing
-
-
 def test_eval_beside_bn_snn(finished, tmp_path, capsys):
     def beside(*options):
         capsys.readouterr()
@@ -354,17 +394,15 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
     out = beside("--T", "3")
     assert "no BN-SNN with a finished epoch beside it" in out and "T=3" in out
     assert main(*TINY, "--kind", "bn", "--out", bn) == 0  # with another learning rate: that of its own recipe
-    out = beside("--kind", "ei")
-    assert out.count("accumulates") == 2 and "beside it, BN-SNN:" in out and out.count("T=2") == 2
+    out = beside("--kind", "ei", "--T", "3")
+    assert out.count("accumulates") == 2 and "beside it, BN-SNN:" in out and out.count("T=3") == 2
+    (bn / "best.pt").write_bytes(b"x")
+    assert beside().splitlines()[-1].startswith("the BN-SNN beside it is not compared: ")
     for option, value in dict(epochs=1, data_root="./other", T=1, batch_size=6, width=0.2, plan=20).items():
         shutil.rmtree(bn)
         assert main(*TINY, "--kind", "bn", f"--{option.replace('_', '-')}={value}", "--out", bn) == 0
         last, words = beside().splitlines()[-1], option.replace("data_root", "images")
         assert last == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
-    for name in ("best.pt", "checkpoint.pt"):
-        (bn / name).write_bytes(b"x")
-    last = beside().splitlines()[-1]
-    assert "the BN-SNN beside it" in last and "not compared" in last
 
 
 @pytest.mark.parametrize("option", ["--resume", "--eval"])
@@ -378,9 +416,6 @@ def test_other_equations_are_named(option, finished, capsys):
             assert main(option, finished) == 0
             lines = [line for line in capsys.readouterr().out.splitlines() if "other equations" in line]
             assert [": inhibition.py changed since" in line for line in lines] == [True] * (entry != known["equations"])
-
-
-# ---- the process, before and after
 
 
 def test_the_process_is_as_before(monkeypatch):
@@ -428,23 +463,18 @@ def test_printing_never_decides(error, monkeypatch, tmp_path):
     assert (tmp_path / "r" / "result.json").exists() and b"run folder: \\xfc" in raw.getvalue()
 
 
-# ---- settings
-
-
 def test_the_recipe_follows_data_arch_and_kind_and_the_name_says_what_is_ablated():
     def of(arguments):
         return recipes.settings(recipes.parse(arguments.split()))
 
-    for arguments, expected in (
-        ("", dict(arch="vgg8", data="digits", T=4)),
-        ("--data cifar10", dict(lr=0.002, warmup_epochs=10, epochs=300, batch_size=128)),
-        ("--data cifar100 --arch vgg16", dict(lr=0.001, warmup_epochs=30, weight_decay=5e-4)),
-        ("--data cifar10 --kind bn", dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4)),
-        ("--data cifar10 --epochs 30", dict(warmup_epochs=1)),
-        ("--data cifar10 --epochs 30 --warmup-epochs 7", dict(warmup_epochs=7)),
-    ):
+    for arguments, expected in {
+        "": dict(arch="vgg8", data="digits", T=4),
+        "--data cifar10": dict(lr=0.002, warmup_epochs=10, epochs=300, batch_size=128),
+        "--data cifar100 --arch vgg16": dict(lr=0.001, warmup_epochs=30, weight_decay=5e-4),
+        "--data cifar10 --kind bn": dict(lr=0.1, warmup_epochs=0, weight_decay=1e-4),
+        "--data cifar10 --epochs 30": dict(warmup_epochs=1),
+    }.items():
         assert expected.items() <= of(arguments).items()
-    name = recipes.run_name(
-        of("--eps 1e-6 --no-ste --no-grad-scaling --init kaiming --ei-ratio 8 --width 0.5 --plan 8-P")
-    )
-    assert name == "digits-vgg8-ei-plan8-P-width0.5-eps1e-06-noste-noscaling-kaiming-eiratio8-seed0"
+    ablated = of("--eps 1e-6 --no-ste --no-grad-scaling --init kaiming --ei-ratio 8 --width 0.5 --plan 8-P")
+    name = "digits-vgg8-ei-plan8-P-width0.5-eps1e-06-noste-noscaling-kaiming-eiratio8-seed0"
+    assert recipes.run_name(ablated) == name
