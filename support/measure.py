@@ -168,7 +168,9 @@ def header(config, dataset, model, device):
     """Says what runs: device, data, network and its size, and every setting."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
-    print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
+    n_training, n_test, size = len(dataset.train_y), len(dataset.test_y), "x".join(map(str, dataset.train_x.shape[1:]))
+    print(f"device    {device} ({name})")
+    print(f"data      {config['data']}: {n_training:,} training, {n_test:,} test samples of {size}")
     print(f"augment   {dataset.augment_name}")
     print(f"network   {config['arch']} {config['kind']}: {describe(model)}")
     print("settings ", *values, flush=True)
