@@ -35,11 +35,9 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 class Dataset:
     """Images (N, C, S, S) or frames (N, T, C, S, S) and labels (N,) of a training and a test set, on one device.
 
-    Tensors or arrays of any integer type are taken. Images are held as uint8, labels as int64. Frames are whole numbers
-    of fractions of an event (see `to_input`). Anything else raises a ValueError that says what was expected.
-
-    n_classes, in_channels: for `model.build`. chance: the accuracy of a network that always says the commonest class.
-    augment_name: what is done to the training data, in words.
+    Tensors or arrays of any integer type are taken; anything else raises a ValueError. Images are held as uint8, labels
+    as int64, frames as whole numbers of fractions of an event (see `to_input`). chance: the accuracy of a network that
+    always says the commonest class of the test set. augment_name: what is done to the training data, in words.
     """
 
     train_x: torch.Tensor
@@ -57,10 +55,10 @@ class Dataset:
             raise ValueError("there is only one class: there is nothing to tell apart")
         self.train_x, self.train_y = self._checked("training", self.train_x, self.train_y)
         self.test_x, self.test_y = self._checked("test", self.test_x, self.test_y)
-        of_training, of_test = (tuple(x.shape[1:]) for x in (self.train_x, self.test_x))
-        if of_training != of_test:
-            raise ValueError(f"training samples have the shape {of_training}, test samples {of_test}: make them alike")
-        self.in_channels = of_training[-3]
+        shape, of_test = list(self.train_x.shape[1:]), list(self.test_x.shape[1:])
+        if shape != of_test:
+            raise ValueError(f"training samples have the shape {shape}, test samples {of_test}: make them alike")
+        self.in_channels = shape[-3]
         self.chance = self.test_y.bincount().max().item() / len(self.test_y)
         if isinstance(self.augment, str):
             names = ("none", "cifar") if self.train_x.dim() == 4 else ("none", "gesture", "cifar10-dvs")
@@ -82,16 +80,15 @@ class Dataset:
             came += f", from {x.min()} to {x.max()} with labels from {y.min()} to {y.max()}"
             if 0 <= x.min() and (x.dim() == 5 or x.max() <= 255) and 0 <= y.min() and y.max() < self.n_classes:
                 return x.byte() if x.dim() == 4 else x, y
-        right = "images (N, channels, S, S) from 0 to 255, not standardized, or frames (N, T, channels, S, S), labels (N,)"
-        raise ValueError(f"the {split} set is {came}; expected whole numbers: {right} from 0 to {self.n_classes - 1}")
+        wanted = "images (N, channels, S, S) from 0 to 255, not standardized, or frames (N, T, channels, S, S)"
+        labels = f"labels (N,) from 0 to {self.n_classes - 1}"
+        raise ValueError(f"the {split} set is {came}; expected whole numbers: {wanted}, with {labels}")
 
 
 def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
-    """A dataset by name (see `LOADERS`) from the folder `root`, decoded and on the device.
-
-    Images or frames are brought to a side of `image_size` pixels; recordings become T frames. `augment`: a name in
-    `AUGMENTATIONS`; None or "auto": what belongs to the dataset. A ValueError or OSError names the folder or the file.
-    """
+    """A dataset by name (see `LOADERS`) from the folder `root`, on the device. Images or frames are brought to a side
+    of `image_size` pixels; recordings become T frames. augment: a name in `AUGMENTATIONS`; None or "auto": what belongs
+    to the dataset. A ValueError or OSError names the folder or the file."""
     if name not in LOADERS:
         raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
     found = LOADERS[name](Path(root).expanduser().absolute(), image_size, T)
@@ -177,9 +174,8 @@ def _listing(folder):
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not found:
         raise ValueError(f"{folder} has no class folders with images in it")
-    deepest = max(found, key=lambda file: len(file.parts))
-    if len(deepest.parts) > len(folder.parts) + 30:
-        raise ValueError(f"a link leads back to a folder above it: {deepest}")
+    if max(len(file.parts) for file in found) > len(folder.parts) + 30:
+        raise ValueError(f"{folder}: a link leads back to a folder above it")
     others = [file for file in files if file.suffix.lower() not in SUFFIXES and file.is_file()]
     if others:
         print(f"{folder}: {len(others)} files that are no images by their names are left out, e.g. {others[0]}")
@@ -200,10 +196,8 @@ def _decode(file, size):
 
 def _decoded(root, train, test, classes, shape, decode):
     """Pairs (file, name of its class) for training and testing -> the first five values that a loader returns.
-
-    decode(file) -> (*shape). This takes minutes, so the result is kept in `root`, under a checksum of the names and the
-    contents of the files and of the code here and in events.py.
-    """
+    decode(file) -> (*shape) takes minutes in all, so its results are kept in `root`, under a checksum of what they
+    depend on."""
     if odd := sorted({name for _, name in test} ^ {name for _, name in train}):
         raise ValueError(f"{root}: the class {odd[0]!r} has no training image or no test image")
 
@@ -259,9 +253,7 @@ def identity(dataset):
 
 def differences(before, now, but=()):
     """How two of `identity` differ, in words, "" if they do not; `but`: what may differ, "train", "test", "shape"."""
-    names = [", ".join(of["classes"])[:80] for of in (before, now)]
-    words = dict(classes=f"the classes have other names or another order, {names[0]} before and {names[1]} now")
-    words |= dict(shape=f"a sample had the shape {before['shape']} and has now {now['shape']}")
+    words = dict(classes="the classes have other names or another order", shape="a sample has another shape")
     words |= dict(train="the training set has other contents", test="the test set has other contents")
     return "; ".join(words[key] for key in words if before[key] != now[key] and key not in but)
 
