@@ -1,8 +1,6 @@
-"""Datasets, decoded once and held as integer tensors on the training device.
-
-Nothing is standardized, since the circuit needs non-negative input: pixel intensities in [0, 1], or T frames of event
-counts (`events.py`). To add a dataset, write a function like `digits` and give it a line in `LOADERS`.
-"""
+"""Datasets, decoded once and held as integer tensors on the training device. Nothing is standardized, since the circuit
+needs non-negative input: pixel intensities in [0, 1], or T frames of event counts (`events.py`). To add a dataset,
+write a function like `digits` and give it a line in `LOADERS`."""
 
 import hashlib
 import os
@@ -110,11 +108,9 @@ def to_input(x):
 
 
 def digits(root, size, T):
-    """Scikit-learn's digits, 8x8 pixels of 17 grey levels, enlarged; a fifth of each class is the test set.
-
-    Each loader takes the folder of the data, the images' side in pixels and the number of time steps, and returns the
-    arguments of `Dataset`: training images (N, C, size, size), labels (N,), test images, labels, classes, augment.
-    """
+    """Scikit-learn's digits, 8x8 pixels of 17 grey levels, enlarged; a fifth of each class is the test set. Each loader
+    takes the folder of the data, the images' side in pixels and the number of time steps, and returns the arguments of
+    `Dataset`: training images (N, C, size, size), labels (N,), test images, labels, classes, augment."""
     found = load_digits()
     x = resize(torch.from_numpy(found.images).float()[:, None] / 16, [size, size]).mul(255).round().byte()
     train, test = train_test_split(range(len(x)), test_size=0.2, stratify=found.target, random_state=0)

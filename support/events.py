@@ -1,8 +1,6 @@
-"""Recordings of event cameras (CIFAR10-DVS, DVS-Gesture) as frames.
-
-What an event camera saw becomes T frames of event counts: one frame a time step, one channel a polarity. Tonic finds
-the files. Events are counted here, since tonic's ToFrame counts in int16, which a busy pixel overflows.
-"""
+"""Recordings of event cameras (CIFAR10-DVS, DVS-Gesture) as T frames of event counts: one frame a time step, one
+channel a polarity. Tonic finds the files. Events are counted here, since tonic's ToFrame counts in int16, which a busy
+pixel overflows."""
 
 import math
 
@@ -14,11 +12,9 @@ SENSOR = 128  # both event cameras are 128 x 128 pixels
 
 
 def recordings(name, root, size, T):
-    """What there is of a dataset of recordings, and how each becomes T frames of the same number of events.
-
-    Returns their folder, pairs (file, class) for training and for testing, the names of the classes, and a function
-    that decodes a file to frames of whole numbers (T, 2, S, S). Without tonic or recordings there is a ValueError.
-    """
+    """What there is of a dataset of recordings, and how each becomes T frames of the same number of events. Returns
+    their folder, pairs (file, class) for training and for testing, the names of the classes, and a function that
+    decodes a file to frames of whole numbers (T, 2, S, S). Without tonic or recordings there is a ValueError."""
     try:
         import aedat  # noqa: F401  tonic reads CIFAR10-DVS through it
         import tonic

@@ -16,7 +16,8 @@ from support import data, parallel
 
 @contextmanager
 def hooked(model, hooks, training=False):
-    """In a `with` block, the network as in testing (or in training) with the hooks that were registered on it."""
+    """In a `with` block the network is as in testing (or in training) and has these hooks, as `register_forward_hook`
+    and its like return them; then it is as before."""
     others = [module for module in model.modules() if module.training != training]
     try:
         model.train(training)
@@ -80,11 +81,11 @@ def first_nonfinite(model, x, y, bad_gradients=()):
 def costs(model, x):
     """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
 
-    firing_rate: of the readout, None.
+    firing_rate: spikes per neuron and time step; of the readout, None.
     accumulates: per image, each presynaptic spike (or the mean of pooled ones) once at each of its targets, E and I.
-    multiplies: per image, the synapses of the first layer, once where the image stands still, and all of DANN's; at
-        each position and time step n_E n_I for I_sub, n_E n_I + n_I for I_div, n_E for the division, n_E for g_E; in
-        BN-SNN, n_E for the normalization. Of several weights from interneurons each acts in one of I_sub and I_div.
+    multiplies: multiply-accumulates per image. The synapses of the first layer, once where the image stands still, and
+        all of DANN's; at each position and time step n_E n_I for I_sub, n_E n_I + n_I for I_div, n_E for the division,
+        n_E for g_E; in BN-SNN, n_E. Of several weights from interneurons each acts in one of I_sub and I_div.
     parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others.
     neurons_e, neurons_i: one for each map and position.
     """
@@ -237,7 +238,6 @@ def stabilization(model, batches, variants):
 
     In each batch, (images, labels), all of one size, each circuit's own incoming gradient dL/dI_int is sent back to its
     input x with each of the variants, name -> (eps, ste); under this name is the largest norm of the gradient to x.
-
     layer: from 1. zeros: the share of I_div that is exactly 0. unbalanced: the share of these with I_EE other than
     I_sub; only there can STE change a gradient.
     """
