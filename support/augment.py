@@ -1,8 +1,5 @@
-"""Augmentation of a training batch, as a few tensor operations on its device.
-
-Each function takes a batch and a generator of random numbers on the same device, and returns a batch of the same shape;
-every sample is treated on its own.
-"""
+"""Augmentation of a training batch: it and a generator of random numbers on its device -> a batch of the same shape.
+Every sample is treated on its own."""
 
 import math
 from functools import partial
@@ -47,11 +44,8 @@ def augment_cifar(x, generator):
 
 
 def augment_gesture(x, generator):
-    """DVS-Gesture, event counts (B, T, C, S, S): random resized crop of 50 to 100 % of the area and horizontal flip.
-
-    All frames of a sample are treated alike. The flip is in the paper's recipe, although it makes a left-hand gesture
-    of a right-hand one.
-    """
+    """DVS-Gesture, event counts (B, T, C, S, S): random resized crop of 50 to 100 % of the area and horizontal flip,
+    the same for all frames of a sample. The paper's recipe has the flip, though it makes a left hand of a right one."""
     rows, columns = _crop_and_flip(x, generator, 0.5)
     return _select(x, rows[:, :, None], columns[:, None, :])
 

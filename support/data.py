@@ -1,9 +1,6 @@
-"""Datasets, decoded once and held as integer tensors on the training device.
-
-The circuit needs non-negative input, so nothing is standardized: images go into the network as pixel intensities in
-[0, 1], recordings of event cameras as T frames of event counts (`events.py`). To add a dataset, write a function like
-`digits` and give it a line in `LOADERS`.
-"""
+"""Datasets, decoded once and held as integer tensors on the training device. Nothing is standardized, since the circuit
+needs non-negative input: pixel intensities in [0, 1], or T frames of event counts (`events.py`). To add a dataset,
+write a function like `digits` and give it a line in `LOADERS`."""
 
 import hashlib
 import os
@@ -17,7 +14,6 @@ from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
@@ -29,14 +25,17 @@ from support import events
 from support.augment import AUGMENTATIONS, IN_WORDS
 
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 @dataclass
 class Dataset:
     """Images (N, C, S, S) or frames (N, T, C, S, S) and labels (N,) of a training and a test set, on one device.
 
-    Tensors or arrays of any integer type are taken. Images are held as uint8, labels as int64. Frames are whole numbers
-    of fractions of an event (see `to_input`). Anything else raises a ValueError that says what was expected.
+    Tensors or arrays of any integer type are taken; anything else raises a ValueError. Images are held as uint8, labels
+    as int64, frames as whole numbers of fractions of an event (see `to_input`). chance: the accuracy of a network that
+    always says the commonest class of the test set. augment_name: what is done to the training data, in words.
     """
 
     train_x: torch.Tensor
@@ -49,18 +48,22 @@ class Dataset:
     def __post_init__(self):
         names = range(self.classes) if isinstance(self.classes, (int, np.integer)) else self.classes
         self.classes = [str(name) for name in names]
+        self.n_classes = len(self.classes)
         if self.n_classes < 2:
             raise ValueError("there is only one class: there is nothing to tell apart")
         self.train_x, self.train_y = self._checked("training", self.train_x, self.train_y)
         self.test_x, self.test_y = self._checked("test", self.test_x, self.test_y)
-        if self.train_x.shape[1:] != self.test_x.shape[1:]:
-            shapes = [tuple(x.shape[1:]) for x in (self.train_x, self.test_x)]
-            raise ValueError(f"training samples have the shape {shapes[0]}, test samples {shapes[1]}: make them alike")
+        shape, of_test = list(self.train_x.shape[1:]), list(self.test_x.shape[1:])
+        if shape != of_test:
+            raise ValueError(f"training samples have the shape {shape}, test samples {of_test}: make them alike")
+        self.in_channels = shape[-3]
+        self.chance = self.test_y.bincount().max().item() / len(self.test_y)
         if isinstance(self.augment, str):
             names = ("none", "cifar") if self.train_x.dim() == 4 else ("none", "gesture", "cifar10-dvs")
             if self.augment not in names:
                 raise ValueError(f"these data can be augmented by {', '.join(names)}, not by {self.augment}")
             self.augment = AUGMENTATIONS[self.augment]
+        self.augment_name = IN_WORDS.get(self.augment) or getattr(self.augment, "__name__", "the loader's own")
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
@@ -75,44 +78,22 @@ class Dataset:
             came += f", from {x.min()} to {x.max()} with labels from {y.min()} to {y.max()}"
             if 0 <= x.min() and (x.dim() == 5 or x.max() <= 255) and 0 <= y.min() and y.max() < self.n_classes:
                 return x.byte() if x.dim() == 4 else x, y
-        raise ValueError(
-            f"the {split} set is {came}; expected whole numbers: images (N, channels, S, S) from 0 to 255, not "
-            f"standardized, or frames (N, T, channels, S, S), with labels (N,) from 0 to {self.n_classes - 1}"
-        )
-
-    @property
-    def n_classes(self):
-        return len(self.classes)
-
-    @property
-    def in_channels(self):
-        return self.train_x.shape[-3]
-
-    @property
-    def chance(self):
-        """The share of the commonest class of the test set: the accuracy of a network that always says this one."""
-        return self.test_y.bincount().max().item() / len(self.test_y)
-
-    @property
-    def augment_name(self):
-        """What is done to the training data, for the header of a run: "cifar: crop, flip, cutout", or "none"."""
-        return IN_WORDS.get(self.augment) or getattr(self.augment, "__name__", "the loader's own")
+        wanted = "images (N, channels, S, S) from 0 to 255, not standardized, or frames (N, T, channels, S, S)"
+        labels = f"labels (N,) from 0 to {self.n_classes - 1}"
+        raise ValueError(f"the {split} set is {came}; expected whole numbers: {wanted}, with {labels}")
 
 
 def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
-    """A dataset by name (see `LOADERS`) from the folder `root`, decoded and on the device.
-
-    Images or frames are brought to a side of `image_size` pixels; recordings become T frames. `augment`: a name in
-    `AUGMENTATIONS`; None or "auto": what belongs to the dataset. A ValueError or OSError names the folder or the file.
-    """
+    """A dataset by name (see `LOADERS`) from the folder `root`, on the device. Images or frames are brought to a side
+    of `image_size` pixels; recordings become T frames. augment: a name in `AUGMENTATIONS`; None or "auto": what belongs
+    to the dataset. A ValueError or OSError names the folder or the file."""
     if name not in LOADERS:
         raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
     found = LOADERS[name](Path(root).expanduser().absolute(), image_size, T)
-    if not isinstance(found, tuple) or len(found) != 6:
-        came = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
-        raise ValueError(f"the loader of {name} returned {came}; expected six, as `digits` in support/data.py returns")
-    *splits, classes, own = found
-    dataset = Dataset(*splits, classes, own if augment in (None, "auto") else augment)
+    if len(found or ()) != 6:
+        raise ValueError(f"the loader of {name} returned {len(found or ())} values; expected six, as `digits` returns")
+    *splits_and_classes, own = found
+    dataset = Dataset(*splits_and_classes, own if augment in (None, "auto") else augment)
     shape = tuple(dataset.train_x.shape[1:])
     if shape[-1] != image_size or (len(shape) == 4 and shape[0] != T):
         raise ValueError(f"{name} has samples of {shape}; expected --image-size {image_size} and, of frames, --T {T}")
@@ -121,29 +102,15 @@ def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
     return dataset
 
 
-def describe(dataset):
-    """How many samples of which shape there are, in words."""
-    size = "x".join(map(str, dataset.train_x.shape[1:]))
-    return f"{len(dataset.train_y):,} training, {len(dataset.test_y):,} test samples of {size}"
-
-
 def to_input(x):
-    """What a dataset holds -> float32 that a network receives, of the same shape.
-
-    Images: intensities in [0, 1]. Frames: numbers of events, >= 0, fractions among them (see `events.area_weights`).
-    """
+    """Samples as they are held -> float32, of the same shape: intensities in [0, 1], or numbers of events, >= 0."""
     return x.float() / (255 if x.dim() < 5 else events.parts(x.shape[-1]) ** 2)
 
 
 def digits(root, size, T):
-    """Scikit-learn's digits, 8x8 pixels of 17 grey levels, enlarged; a fifth of each class is the test set.
-
-    Each loader takes the folder of the data, the images' side in pixels and the number of time steps.
-
-    Returns:
-        Training images (N, C, size, size), their labels (N,), test images, test labels, the names of the classes or
-        their number, and the augmentation of a training batch (its name, a function, or None: none).
-    """
+    """Scikit-learn's digits, 8x8 pixels of 17 grey levels, enlarged; a fifth of each class is the test set. Each loader
+    takes the folder of the data, the images' side in pixels and the number of time steps, and returns the arguments of
+    `Dataset`: training images (N, C, size, size), labels (N,), test images, labels, classes, augment."""
     found = load_digits()
     x = resize(torch.from_numpy(found.images).float()[:, None] / 16, [size, size]).mul(255).round().byte()
     train, test = train_test_split(range(len(x)), test_size=0.2, stratify=found.target, random_state=0)
@@ -154,7 +121,6 @@ def downloaded(kind, own, root, size, T):
     """What torchvision downloads on first use: `kind` is its class there, `own` the augmentation."""
     if not root.parent.is_dir():
         raise OSError(f"{kind.__name__} is not in {root}, and nothing is downloaded there: {root.parent} is no folder")
-    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # or a dead connection would keep the reader waiting
     try:
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
@@ -168,8 +134,6 @@ def downloaded(kind, own, root, size, T):
             f"{kind.__name__} is not in {root}, or damaged, and cannot be downloaded ({' '.join(str(error).split())}): "
             f"put the official {getattr(kind, 'filename', 'files')} there, or use --data folder or --data digits"
         ) from None
-    finally:
-        socket.setdefaulttimeout(before)
     splits = []
     for part in sets:
         x = torch.as_tensor(part.data)
@@ -191,33 +155,23 @@ def images(own, root, size, T):
     classes = sorted({name for _, name in train})
     test = root / "test"
     if (root / "val").is_dir() and not any(normalize("NFC", entry.name) in classes for entry in test.glob("*")):
-        print(f"the test set is in {root / 'val'}, since there is no class folder in {test}")
         test = root / "val"
     return *_decoded(root, train, _listing(test), classes, (3, size, size), partial(_decode, size=size)), own
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-
-
 def _listing(folder):
-    """Pairs (image file, name of its class) of a folder of class folders, in alphabetical order.
-
-    torchvision's ImageFolder would take hidden folders, and two Unicode forms of one name, for classes. The test set of
-    TinyImageNet has no class folders: each line of its annotations names a file, its class and a box.
-    """
+    """Pairs (image file, name of its class) of a folder of class folders, in alphabetical order."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: images are read from train/<class>/ and test/<class>/ or val/<class>/")
-    if (folder / "val_annotations.txt").is_file():
+    if (folder / "val_annotations.txt").is_file():  # of TinyImageNet: in each line an image, its class and a box
         lines = (folder / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
         return [(folder / "images" / line.split("\t")[0], "".join(line.split("\t")[1:2])) for line in lines]
     files = sorted(folder / name for name in glob("*/**/*", root_dir=folder, recursive=True))  # nothing that is hidden
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not found:
         raise ValueError(f"{folder} has no class folders with images in it")
-    deepest = max(found, key=lambda file: len(file.parts))
-    if len(deepest.parts) > len(folder.parts) + 30:
-        raise ValueError(f"a link leads back to a folder above it: {deepest}")
+    if max(len(file.parts) for file in found) > len(folder.parts) + 30:
+        raise ValueError(f"{folder}: a link leads back to a folder above it")
     others = [file for file in files if file.suffix.lower() not in SUFFIXES and file.is_file()]
     if others:
         print(f"{folder}: {len(others)} files that are no images by their names are left out, e.g. {others[0]}")
@@ -225,14 +179,10 @@ def _listing(folder):
 
 
 def _decode(file, size):
-    """An image file, of an animated one the first image, -> (3, size, size) uint8, by Pillow.
-
-    By itself it does not turn an image as its EXIF orientation says, and it cuts 16 bits off at 255. Of transparent
-    pixels the colour counts and the transparency does not, as in torchvision.
-    """
+    """An image file, of an animated one the first image, -> (3, size, size) uint8. Transparency is left out."""
     with Image.open(file, formats=FORMATS) as image:
-        is_tiff, image = image.format == "TIFF", ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits
+        is_tiff, image = image.format == "TIFF", ImageOps.exif_transpose(image)  # turned as the camera was held
+        if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off at 255
             low, high = image.convert("F").getextrema()
             if image.mode == "F" or low < 0 or high > 65535 or (is_tiff and high < 4096):
                 raise ValueError(f"its pixels go from {low} to {high}: what is white is not clear, save it with 8 bits")
@@ -242,10 +192,8 @@ def _decode(file, size):
 
 def _decoded(root, train, test, classes, shape, decode):
     """Pairs (file, name of its class) for training and testing -> the first five values that a loader returns.
-
-    decode(file) -> (*shape). This takes minutes, so the result is kept in `root`, for each shape, under a checksum of
-    what it depends on: names and contents of the files, the code here and in events.py, the version of Pillow.
-    """
+    decode(file) -> (*shape) takes minutes in all, so its results are kept in `root`, under a checksum of what they
+    depend on."""
     if odd := sorted({name for _, name in test} ^ {name for _, name in train}):
         raise ValueError(f"{root}: the class {odd[0]!r} has no training image or no test image")
 
@@ -260,19 +208,18 @@ def _decoded(root, train, test, classes, shape, decode):
     cache = f".decoded-{'x'.join(map(str, shape))}"
     with ThreadPoolExecutor() as pool:
         contents = pool.map(_digest, [__file__, events.__file__, *files])
-        key = hashlib.sha256(repr([PIL.__version__, names, *contents]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(repr([names, *contents]).encode()).hexdigest()[:32]
         try:
             with np.load(root / f"{cache}-{key}.npz") as found:
                 x = found["x"]  # out of a zip file, so that damage is noticed
         except Exception:  # there is none, or it is damaged
             print(f"decoding {len(files):,} files of {root} ...", flush=True)
             x = torch.stack(list(pool.map(decode_or_say_which, files))).numpy()
-            part = root / f"{cache}-{os.getpid()}"
+            part = root / f"{cache}-{os.getpid()}.npz"
             try:
                 for old in root.glob(f"{cache}[-.]*"):
                     old.unlink()
-                with open(part, "wb") as file:
-                    np.savez(file, x=x)
+                np.savez(part, x=x)
                 os.replace(part, root / f"{cache}-{key}.npz")  # whole or not at all
             except OSError as error:
                 print(f"what was decoded cannot be kept in {root} ({error}): going on without")
@@ -283,7 +230,7 @@ def _decoded(root, train, test, classes, shape, decode):
 
 
 def _digest(file):
-    """A checksum of the contents of a file, which is itself there."""
+    """A checksum of the contents of a file."""
     content = Path(file).read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
@@ -302,9 +249,7 @@ def identity(dataset):
 
 def differences(before, now, but=()):
     """How two of `identity` differ, in words, "" if they do not; `but`: what may differ, "train", "test", "shape"."""
-    names = [", ".join(of["classes"])[:80] for of in (before, now)]
-    words = dict(classes=f"the classes have other names or another order, {names[0]} before and {names[1]} now")
-    words |= dict(shape=f"a sample had the shape {before['shape']} and has now {now['shape']}")
+    words = dict(classes="the classes have other names or another order", shape="a sample has another shape")
     words |= dict(train="the training set has other contents", test="the test set has other contents")
     return "; ".join(words[key] for key in words if before[key] != now[key] and key not in but)
 
@@ -313,12 +258,9 @@ def epoch_order(config, dataset, epoch):
     """The batches of an epoch, indices of samples, the incomplete last one left out: (batches, batch size)."""
     n, size = len(dataset.train_y), config["batch_size"]
     if size > n:
-        raise ValueError(
-            f"a batch of {size} is larger than the training set of {n}: train with --batch-size {n} or less"
-        )
-    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
-    order = torch.randperm(n, generator=generator)[: n // size * size]
-    return order.view(-1, size).to(dataset.train_y.device)
+        raise ValueError(f"a batch of {size} is larger than the training set of {n}: give --batch-size {n} or less")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch))
+    return order[: n // size * size].view(-1, size).to(dataset.train_y.device)
 
 
 def training_batch(config, dataset, indices, step):
@@ -340,10 +282,8 @@ def sample(dataset, T, n=256):
     return to_input(dataset.test_x[::step]), dataset.test_y[::step]
 
 
-LOADERS = {"digits": digits, "tinyimagenet": partial(images, "cifar")}
-# A flip or a cutout can take away what tells the classes of a folder apart, as with arrows that point left and right.
-# So `folder` has no augmentation of its own; for photographs as in CIFAR take --augment cifar.
-LOADERS |= {"folder": partial(images, None)}
+# `folder` has no augmentation of its own: a flip would make an arrow to the right of one to the left.
+LOADERS = {"digits": digits, "tinyimagenet": partial(images, "cifar"), "folder": partial(images, None)}
 LOADERS |= {"cifar10": partial(downloaded, CIFAR10, "cifar"), "cifar100": partial(downloaded, CIFAR100, "cifar")}
 LOADERS |= {"mnist": partial(downloaded, MNIST, None), "fashion-mnist": partial(downloaded, FashionMNIST, None)}
 LOADERS |= {"dvs-gesture": partial(recordings, "dvs-gesture", "gesture")}

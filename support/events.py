@@ -1,9 +1,6 @@
-"""Recordings of event cameras (CIFAR10-DVS, DVS-Gesture) as frames.
-
-What an event camera saw becomes T frames of event counts: one frame a time step, one channel a polarity. Tonic finds
-and reads the files. Two things are done here: DVS-Gesture's files are opened, since tonic casts whatever is in them to
-events, and events are counted, since tonic's ToFrame counts in int16, which a busy pixel overflows.
-"""
+"""Recordings of event cameras (CIFAR10-DVS, DVS-Gesture) as T frames of event counts: one frame a time step, one
+channel a polarity. Tonic finds the files. Events are counted here, since tonic's ToFrame counts in int16, which a busy
+pixel overflows."""
 
 import math
 
@@ -11,20 +8,13 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
-EVENT_DATA = ["cifar10-dvs", "dvs-gesture"]
 SENSOR = 128  # both event cameras are 128 x 128 pixels
 
 
 def recordings(name, root, size, T):
-    """What there is of a dataset of recordings, and how each becomes T frames of the same number of events.
-
-    Returns:
-        Their folder, pairs (file, class) for training and for testing, the names of the classes, and a function that
-        decodes a file to frames of whole numbers (T, 2, S, S).
-
-    Raises:
-        ValueError: tonic is not installed, there are no recordings, or a file is not one.
-    """
+    """What there is of a dataset of recordings, and how each becomes T frames of the same number of events. Returns
+    their folder, pairs (file, class) for training and for testing, the names of the classes, and a function that
+    decodes a file to frames of whole numbers (T, 2, S, S). Without tonic or recordings there is a ValueError."""
     try:
         import aedat  # noqa: F401  tonic reads CIFAR10-DVS through it
         import tonic
@@ -51,7 +41,7 @@ def recordings(name, root, size, T):
     weights = area_weights(size)
 
     def decode(file):
-        if gesture:
+        if gesture:  # tonic would cast whatever is in the file to events
             x, y, p, t = np.load(file).T
         else:
             events = tonic.io.read_aedat4(file)

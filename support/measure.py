@@ -1,5 +1,4 @@
-"""Looking into a network: testing it, neurons and operations, currents, zeros of I_div. Nothing here changes a network,
-and what is measured is the same for the plain and for the fused forms."""
+"""Looking into a network, which nothing here changes: testing it, neurons and operations, currents, zeros of I_div."""
 
 import threading
 from contextlib import contextmanager
@@ -17,15 +16,11 @@ from support import data, parallel
 
 @contextmanager
 def hooked(model, hooks, training=False):
-    """The network as in testing (or in training) and with hooks on, for a `with` block; then as it was before.
-
-    hooks: what `register_forward_hook` and its like return. A mode that is right is not touched, so that several
-    threads may test one network.
-    """
+    """In a `with` block the network is as in testing (or in training) and has these hooks, as `register_forward_hook`
+    and its like return them; then it is as before."""
     others = [module for module in model.modules() if module.training != training]
     try:
-        if others:
-            model.train(training)
+        model.train(training)
         yield
     finally:
         for module in others:
@@ -36,11 +31,8 @@ def hooked(model, hooks, training=False):
 
 @torch.no_grad()
 def evaluate(model, x, y, batch_size=100):
-    """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them.
-
-    Returns:
-        Mean loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer.
-    """
+    """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them. Returns mean
+    loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
     batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
     thread = threading.get_ident()
@@ -63,10 +55,9 @@ def evaluate(model, x, y, batch_size=100):
 def first_nonfinite(model, x, y, bad_gradients=()):
     """The name of what is not finite in a training step with images x and labels y.
 
-    The first layer, in forward order, with such a parameter or value. If there is none, "loss", where that is not
-    finite. Else, for gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)".
-    bad_gradients: names, in the network's order, of those that were not finite when the step was made. They count in
-    place of gradients computed now, for the optimiser may have moved the parameters since then.
+    The first layer, in forward order, with such a parameter or value; else "loss", if it is not finite; else, since
+    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "loss".
+    bad_gradients: names, in the network's order, of those that were not finite; without them they are computed.
     """
     found = []
 
@@ -74,8 +65,8 @@ def first_nonfinite(model, x, y, bad_gradients=()):
         if not all(t.isfinite().all() for t in (out, *module.parameters(recurse=False))):
             found.append(name)
 
-    named = {name: module for name, module in model.named_modules() if name}
-    with hooked(model, [m.register_forward_hook(partial(check, name=n)) for n, m in named.items()], training=True):
+    hooks = [module.register_forward_hook(partial(check, name=n)) for n, module in model.named_modules() if n]
+    with hooked(model, hooks, training=True):
         loss = F.cross_entropy(model(x), y)
         if found or not loss.isfinite():
             return [*found, "loss"][0]
@@ -92,12 +83,11 @@ def costs(model, x):
 
     firing_rate: spikes per neuron and time step; of the readout, None.
     accumulates: per image, each presynaptic spike (or the mean of pooled ones) once at each of its targets, E and I.
-    multiplies: multiply-accumulates per image of what is not spikes. The synapses of the first layer, once where the
-        image stands still, and all of DANN's; at each position and time step n_E n_I for I_sub, as many and n_I more
-        for I_div, n_E for the division and n_E for g_E; in BN-SNN, n_E for the normalization. Where there are several
-        weights from interneurons, each acts in one of I_sub and I_div.
+    multiplies: multiply-accumulates per image. The synapses of the first layer, once where the image stands still, and
+        all of DANN's; at each position and time step n_E n_I for I_sub, n_E n_I + n_I for I_div, n_E for the division,
+        n_E for g_E; in BN-SNN, n_E. Of several weights from interneurons each acts in one of I_sub and I_div.
     parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others.
-    neurons_e, neurons_i: one for each map and position. Only the first have a membrane, not in the readout and in DANN.
+    neurons_e, neurons_i: one for each map and position.
     """
     rows = []
 
@@ -117,9 +107,9 @@ def costs(model, x):
         if weight.dim() == 4:  # how much activity reaches each position
             active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
         synaptic = active.flatten(1).sum(1).cpu().double().sum().item() * (n_e + n_i) / images
-        multiplies = (0 if spiking else synaptic) + local * out.numel() / n_e / images
-        name = "readout" if module is model.readout else str(len(rows) + 1)
-        row = dict(layer=name, firing_rate=None, accumulates=synaptic if spiking else 0.0, multiplies=multiplies)
+        row = dict(layer="readout" if module is model.readout else str(len(rows) + 1), firing_rate=None)
+        row["accumulates"] = synaptic if spiking else 0.0
+        row["multiplies"] = (0 if spiking else synaptic) + local * out.numel() / n_e / images
         sizes = {key: p.numel() for key, p in module.named_parameters()}
         row["parameters_e"] = sum(size for key, size in sizes.items() if key in ("w_ee", "g_e", "b_e") or not ei)
         row["parameters_i"] = sum(sizes.values()) - row["parameters_e"]
@@ -159,8 +149,7 @@ def population(model):
 
 def describe(model):
     """The size of a network in words."""
-    n_e, n_i = population(model)
-    n_weights = sum(p.numel() for p in model.parameters())
+    n_e, n_i, n_weights = *population(model), sum(p.numel() for p in model.parameters())
     return f"{n_e:,} excitatory and {n_i:,} inhibitory neurons, {n_weights:,} parameters"
 
 
@@ -168,7 +157,9 @@ def header(config, dataset, model, device):
     """Says what runs: device, data, network and its size, and every setting."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
-    print(f"device    {device} ({name})\ndata      {config['data']}: {data.describe(dataset)}")
+    n_training, n_test, size = len(dataset.train_y), len(dataset.test_y), "x".join(map(str, dataset.train_x.shape[1:]))
+    print(f"device    {device} ({name})")
+    print(f"data      {config['data']}: {n_training:,} training, {n_test:,} test samples of {size}")
     print(f"augment   {dataset.augment_name}")
     print(f"network   {config['arch']} {config['kind']}: {describe(model)}")
     print("settings ", *values, flush=True)
@@ -176,11 +167,8 @@ def header(config, dataset, model, device):
 
 @torch.no_grad()
 def observe(model, x, see):
-    """Runs the network on x, as in testing, and calls see(i, current, u, spikes) for each spiking layer i.
-
-    current is I_int, u the membrane potential before the reset, as the neuron tells it (in DANN, which has no membrane,
-    the current again); each (T, B, n_E, H', W'), as the spikes.
-    """
+    """Runs the network on x, as in testing, and calls see(i, I_int, u, spikes) for each spiking layer i. u is the
+    membrane potential before the reset (in DANN, which has none, I_int again). Each is (T, B, n_E, H', W')."""
 
     def hook(neuron, args, spikes, i):
         u = neuron.membrane_potential(args[0]) if hasattr(neuron, "membrane_potential") else args[0]
@@ -225,11 +213,8 @@ def currents_of(model, x, index):
 
 @torch.no_grad()
 def contrast_response(model, x, contrasts):
-    """Firing rate of each layer at each contrast: with divisive inhibition, and with I_div held at its mean.
-
-    The mean is that of each excitatory map, over images, time and positions of x at full contrast in the intact
-    network. Returns a tensor (2, contrasts, layers).
-    """
+    """Firing rates (2, contrasts, layers): with divisive inhibition, and with I_div held at its mean. The mean is that
+    of each map, over images, time and positions of x at full contrast in the intact network."""
     divided, means = circuits(model)[:-1], {}
     for i, circuit in enumerate(divided):
         i_div = currents_of(model, x, i)["i_div"].flatten(0, 1)
@@ -251,11 +236,10 @@ def contrast_response(model, x, contrasts):
 def stabilization(model, batches, variants):
     """Where I_div is 0, and what that does to the gradient: a list of dicts, one for each circuit that divides.
 
-    The network computes the loss of each batch, (images, labels), all of one size. Each circuit then gets its own input
-    and its own incoming gradient dL/dI_int again, with each of the variants, name -> (eps, ste).
-
+    In each batch, (images, labels), all of one size, each circuit's own incoming gradient dL/dI_int is sent back to its
+    input x with each of the variants, name -> (eps, ste); under this name is the largest norm of the gradient to x.
     layer: from 1. zeros: the share of I_div that is exactly 0. unbalanced: the share of these with I_EE other than
-    I_sub; only there can STE change a gradient. Name of a variant: the batches' largest norm of the gradient to x.
+    I_sub; only there can STE change a gradient.
     """
     divided, seen = circuits(model)[:-1], {}
     rows = [dict(layer=i, zeros=0.0, unbalanced=0.0) for i, _ in enumerate(divided, 1)]

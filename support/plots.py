@@ -1,12 +1,10 @@
-"""How figures look and how they are saved. A figure is a `matplotlib.figure.Figure` of its own, without pyplot, so that
-nothing here changes the plots of a notebook that imports `visualize.py`."""
+"""How figures look and how they are saved. There is no pyplot here, so that a notebook's own plots stay as they are."""
 
 import csv
 import itertools
 
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -48,10 +46,8 @@ def write_csv(path, rows):
 
 
 def save(figure, name, rows, out, legend=None, place="upper"):
-    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv.
-
-    legend: an axis whose legend stands in one line, outside of all axes.
-    """
+    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv. legend: an axis whose legend stands in
+    one line, outside of all axes."""
     if legend:
         handles, labels = legend.get_legend_handles_labels()
         figure.legend(handles, labels, loc=f"outside {place} center", ncols=len(labels))
@@ -63,9 +59,7 @@ def save(figure, name, rows, out, legend=None, place="upper"):
 
 def long_rows(name, values, **axes):
     """An array as rows of a CSV file: a dict for each element, with its place along each axis, and its value as `name`.
-
-    axes: for each axis of the array, its name and the labels along it.
-    """
+    axes: for each axis of the array, its name and the labels along it."""
     places = itertools.product(*axes.values())
     elements = np.asarray(values).flatten().tolist()
     return [{**dict(zip(axes, place, strict=True)), name: v} for place, v in zip(places, elements, strict=True)]
@@ -119,7 +113,7 @@ def by_epoch_maps(densities, threshold):
     shown = shown_layers(densities.shape[1])
     figure, axes = panels(3.2, 2, len(shown), sharey=True, sharex=True)
     looks = dict(origin="lower", aspect="auto", cmap="Greys", vmin=-3, vmax=0.5, interpolation="nearest")
-    looks["extent"] = (-0.5, len(densities) - 0.5, BINS["low"], BINS["high"])
+    looks["extent"] = (-0.5, len(densities) - 0.5, EDGES[0], EDGES[-1])
     for row, (name, title) in enumerate(zip(QUANTITIES.values(), ("layer {}", ""), strict=True)):
         axes[row, 0].set_ylabel(name)
         for axis, i in zip(axes[row], shown, strict=True):
@@ -135,7 +129,6 @@ def save_gif(densities, threshold, path):
     """The same as an animation, a frame an epoch. Of a long training about 60 epochs are shown."""
     n, shown = len(densities), shown_layers(densities.shape[1])
     figure = Figure(figsize=(PAGE, 3))
-    FigureCanvasAgg(figure)  # what draws the frames
     axes = distribution_axes(figure, shown, threshold)
     title = figure.suptitle("epoch 0")
     lines = {place: axis.plot(CENTRES, CENTRES, color="black")[0] for place, axis in np.ndenumerate(axes)}
@@ -166,9 +159,7 @@ def plane(axis, rates, y, n_classes, title):
 
 def table(name, first, runs, out):
     """Outcome, best epoch and best accuracy of each run, as text, as Markdown and as a picture with the loss curves.
-
-    name: of the files. first: heading of the first column. runs: label -> outcome, in words, and `runs.metrics`.
-    """
+    name: of the files. first: heading of the first column. runs: label -> outcome, in words, and `runs.metrics`."""
     cells, rows = [[first, "outcome", "best epoch", "best on the test set"]], []
     figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))
     top, bottom = axes[:, 0]
