@@ -1,20 +1,17 @@
 """The authors' trained networks: reading and writing their files, and training beside their program.
 
-    from support import official
-    model = official.load("model.safetensors", T=4, image_size=32)     a network of `model.build`
+    model = official.load("model.safetensors", "vgg8", n_classes=10)   as `model.build`
     official.save(model, "model.safetensors")                          runs in the authors' program
-
     python train.py --official CIFAR10-VGG8 --data cifar10             downloads one, tests it, makes a run folder
     python -m support.official --compare DIR                           DIR is a checkout of the authors' repository
 
-First: pip install -r requirements-official.txt. A file is read as numbers with names; nothing in it is executed.
+First: pip install -r requirements-official.txt. Nothing in such a file is executed.
 """
 
 import argparse
 import contextlib
 import importlib
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -23,8 +20,8 @@ import torch.nn.functional as F
 
 from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
-from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, recipes
+from model import MLP, ResNet18, build, circuits
+from support import data, parallel, recipes
 from support.fast import accelerate
 from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
@@ -37,8 +34,6 @@ _words = """
 """.split()
 PUBLISHED = dict(zip(_words[::2], map(float, _words[1::2]), strict=True))  # top-1 accuracy in % that the authors report
 DATA = {"tinyimagenet200": "tinyimagenet", "cifar10dvs": "cifar10-dvs", "dvsgesture": "dvs-gesture"}  # others: the same
-OPTIONS = ("official", "data", "data_root", "image_size", "T", "eps", "batch_size", "seed", "device", "out", "plain")
-OPTIONS += ("augment", "precision")
 # What config.json may say of a neuron beside tau and v_threshold: ours is like this and cannot be another.
 NEURON = dict(surrogate_function="sigmoid", step_mode="m", decay_input=False, v_reset=None, detach_reset=True)
 SGD = dict(lr=0.002, momentum=recipes.MOMENTUM, weight_decay=5e-4)
@@ -105,45 +100,14 @@ def read(path):
     except Exception as error:  # the package's own exception is a plain one
         raise ValueError(f"{path} is damaged or no safetensors file (a pickle is not read): {error}") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise ValueError(f"{path}: the tensor {name!r} has values that are no finite float32 numbers")
-        if not name.endswith("bias") and (tensor.float() < 0).any():
-            raise ValueError(f"{path}: the tensor {name!r} has values below 0, which Dale's law forbids")
-    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
-def describe(tensors):
-    """What names and shapes tell: arguments of `model.build`. For an MLP in_channels counts pixels."""
-    numbers = {}  # in the name of each W_EE; they give the order, with the readout of a ResNet, fc, last
-    for name, tensor in tensors.items():
-        if re.search(r"\.(conv_ee\.weight|weight_ee)$", name) and tensor.dim() in (2, 4):
-            numbers[name] = [int(digits) for digits in re.findall(r"\d{1,9}", name)] or [9999]
-    order = sorted(numbers, key=numbers.get)
-    sizes, n_conv = [len(tensors[name]) for name in order], sum(tensors[name].dim() == 4 for name in order)
-    depths = {len(plan) - plan.count("P"): arch for arch, plan in PLANS.items() if arch.startswith("vgg")}
-    arch = "resnet18" if "conv1.conv_ee.weight" in order else depths.get(n_conv, "mlp")
-    if len(order) < 2 or (n_conv and (arch == "mlp" or len(order) != n_conv + 1)):
-        raise ValueError(f"{n_conv} convolutions in {len(order)} layers are no E-I network of the authors")
-    largest = order[sizes.index(max(sizes[:-1]))]  # tells the E:I ratio best, for n_I is rounded
-    n_i = tensors.get(largest.replace("_ee", "_ie"), tensors[largest]).numel()
-    found = dict(arch=arch, in_channels=tensors[order[0]].shape[1], n_classes=sizes[-1])
-    found["ei_ratio"] = max(1, tensors[largest].numel() // max(1, n_i))
-    if arch == "resnet18":
-        return found | dict(width=max(sizes[:-1]) / 512)
-    plan = sizes[:-1]
-    if n_conv:  # what lies between two layers, beyond the six steps of one, is pooling
-        plan = []
-        for n, name, following in zip(sizes, order, order[1:], strict=False):
-            plan += [n] + ["P"] * min(numbers[following][0] - numbers[name][0] - 6, 9)
-        plan.pop()  # the last one is the flattening
-    return found | dict(plan=None if plan == PLANS[arch] else plan)
+        if not tensor.isfinite().all() or (not name.endswith("bias") and (tensor < 0).any()):
+            raise ValueError(f"{path}: {name!r} has values that are not finite, or below 0, which Dale's law forbids")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def fill(model, tensors):
-    """Puts the tensors of a file into a network: each must be there and of the right shape, and there may be no other.
-    The network remembers those that it has no use for, so that `save` can write them again."""
+    """Puts the tensors of a file into a network, which remembers those that it does not use, for `save`."""
     model.official = {"frames": any(name.startswith("layers.1.") for name in tensors)}
     expected = state_of(model)
     for name, p in expected.items():
@@ -156,83 +120,69 @@ def fill(model, tensors):
     return model
 
 
-def load(path, T=4, image_size=32):
-    """One of the authors' networks, from their model.safetensors or its folder: a network of `model.build` in float32.
+def load(path, arch, **options):
+    """One of the authors' networks, from their model.safetensors or its folder: `model.build(arch, **options)`.
 
-    T: time steps. image_size: side of the images in pixels. It is not in the file; of an MLP it decides about channels.
-    ValueError: a tensor is missing, too many, or of another shape, e.g. for other images. OSError: there is no file.
+    ValueError: a tensor is missing, too many, or of another shape than with these options. OSError: there is no file.
     """
-    tensors = read(path)
-    options = describe(tensors)
-    if options["arch"] == "mlp":
-        options["in_channels"] = max(1, options["in_channels"] // max(1, image_size**2))
-    return fill(build(T=T, image_size=image_size, **options), tensors)
+    return fill(build(arch, **options), read(path))
 
 
 def save(model, path, frames=False):
     """Writes an E-I network of `model.build` as the authors' program does; tau, theta and eps are not in such a file.
 
     frames: for their event networks, which count their layers from one less. A network from `load` keeps its names.
-    ValueError: their program has no such network. OSError: the file cannot be written.
+    ValueError: their program has no such circuits. OSError: the file cannot be written.
     """
+    if not circuits(model):
+        raise ValueError("only networks with E-I circuits are saved for the authors' program")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state_of(model, frames).items()}
-    describe(tensors)
     write_atomically(Path(path).expanduser(), package("safetensors.torch").save(tensors, metadata={"format": "pt"}))
 
 
 def fetch(name):
     """The folder with config.json and model.safetensors: `name` is one, or one of `PUBLISHED`, which is downloaded."""
     folder = Path(name).expanduser()
-    if folder.exists():
-        return folder if folder.is_dir() else folder.parent
+    if folder.is_dir():
+        return folder
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no folder and none of the published networks: {', '.join(PUBLISHED)}")
     download = package("huggingface_hub").hf_hub_download
     try:
-        files = [Path(download(REPOSITORY, file, subfolder=name)) for file in ("config.json", "model.safetensors")]
-        return files[0].parent
+        for file in ("config.json", "model.safetensors"):
+            path = download(REPOSITORY, file, subfolder=name)
     except Exception as error:  # of several packages: no network, a proxy, a full disk
-        raise OSError(
-            f"{name} cannot be downloaded ({str(error)[:300]}): put both files of huggingface.co/{REPOSITORY}, folder "
-            f"{name}, into a folder DIR, and give --official DIR"
-        ) from None
+        there = f"huggingface.co/{REPOSITORY}/tree/main/{name}"
+        raise OSError(f"get both files of {there}, and give --official FOLDER: the download failed ({error})") from None
+    return Path(path).parent
 
 
-def settings_of(folder, found, args):
-    """The settings of a run: what is given on the command line, else what config.json and the tensors say."""
+def settings_of(folder, args):
+    """The settings of a run: what is given on the command line, else what config.json says."""
+    given = {key: value for key, value in vars(args).items() if value is not None}
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        arch, dataset = str(theirs.get("arch")).lower(), str(theirs.get("dataset")).lower()
+        said = dict(
+            arch=arch if arch == "mlp" else f"{arch}{theirs.get('num_layers')}", data=DATA.get(dataset, dataset)
+        )
         neuron = NEURON | theirs.get("neuron", {})
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"config.json cannot be read, or is none of theirs: {error}") from None
-    given = {key: value for key, value in vars(args).items() if value not in (None, False)}
-    for key in given.keys() - OPTIONS:
-        raise ValueError(f"--{key.replace('_', '-')} has no meaning with --official: the files decide")
-    family, depth = re.fullmatch("([a-z]+)([0-9]*)", found["arch"]).groups()
-    depth = depth or len(found["plan"] or PLANS["mlp"]) + 1
-    for key, value in dict(type="EI-SNN", arch=family, num_layers=depth, ei_ratio=found["ei_ratio"]).items():
-        if str(theirs.get(key, value)).lower() != str(value).lower():
-            raise ValueError(f"config.json says {key} {theirs[key]!r}, but the tensors are of {value}")
-    said = dict(T=theirs.get("T"), tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
-    for key, value in said.items():
-        if type(value) not in ((int,) if key == "T" else (int, float)) or not 0 < value < 1e6:
-            raise ValueError(f"config.json: {key} is {value!r}, which no network here can have")
-    if neuron != NEURON:
-        raise ValueError(f"config.json: a neuron of {neuron} is not the one of this program, {NEURON}")
-    dataset = str(theirs.get("dataset")).lower()
-    said["data"] = given.get("data", DATA.get(dataset, dataset))
-    if said["data"] not in data.LOADERS:
-        raise ValueError(f"config.json says dataset {theirs.get('dataset')!r}: give --data {'|'.join(data.LOADERS)}")
-    plan = "-".join(map(str, found.get("plan") or ()))
-    said.update(arch=found["arch"], ei_ratio=found["ei_ratio"], width=found.get("width", 1.0), plan=plan)
-    return recipes.settings(argparse.Namespace(**said | given))
+        said.update(tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
+        said.update(T=theirs.get("T"), ei_ratio=theirs.get("ei_ratio", 4))
+        if neuron != NEURON:
+            raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
+        parsed = recipes.parse([f"--{key.replace('_', '-')}={given.get(key, said[key])}" for key in said])
+    except Exception as error:  # a foreign file fails in many ways
+        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
+    return recipes.settings(argparse.Namespace(**vars(parsed) | given))
 
 
 def command(args, device):
     """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0."""
+    if parallel.world() > 1:
+        raise ValueError("--official is for one process: leave torchrun out")
     folder = fetch(args.official)
-    tensors = read(folder)
-    config = settings_of(folder, describe(tensors), args)
+    tensors, config = read(folder), settings_of(folder, args)
     dataset, model = load_data_and_model(config, device)
     fill(model, tensors)
     name = folder.resolve().name
@@ -274,11 +224,9 @@ def theirs_like(model, folder, bn=False):
         groups = [dict(params=p, clamped="bias" not in n and not bn) for n, p in network.named_parameters()]  # to >= 0
         network.sgd = optimizers.EiSGD(groups, **SGD)
         return network
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{folder} is not the authors' program, or another version of it, or lacks a package that it needs "
-            f"({type(error).__name__}: {str(error)[:300]}): give a checkout of github.com/{REPOSITORY} that runs"
-        ) from None
+    except Exception as error:  # another program, another version, a missing package
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} is no checkout of github.com/{REPOSITORY} that runs ({reason})") from None
     finally:
         sys.path.remove(str(folder))
 
