@@ -143,13 +143,16 @@ def verdicts(a, book, look):
     names that are replaced: what `observe` finds."""
     wrong = {}
     for name, points in POINTS[a].items():
-        right, text, mistake = verdict(name, look(name, ()), book[name], book[name]["right"])
-        suspects = [other for other in USES.get(name, ()) if other in wrong]
+        suspects, entry, right = [other for other in USES.get(name, ()) if other in wrong], book[name], False
         groups = [group for n in range(len(suspects)) for group in itertools.combinations(suspects, n + 1)]
         for group in groups:
-            if not right and verdict(name, look(name, group), book[name], book[name]["given"]["+".join(group)])[0]:
-                right, mistake = True, None
-                text = f"right, apart from what follows from `{'`, `'.join(group)}`, which costs no points here"
+            right = right or verdict(name, look(name, group), entry, entry["given"]["+".join(group)])[0]
+        text, mistake = (
+            f"right, with a stand-in for `{'`, `'.join(suspects)}`, whose mistakes cost no points here",
+            None,
+        )
+        if not right:
+            right, text, mistake = verdict(name, look(name, ()), entry, entry["right"])
         if not right:
             follows = suspects and not mistake and text not in wrong.values()
             wrong[name] = text
