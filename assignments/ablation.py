@@ -20,17 +20,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 CONDITIONS, SEEDS, EPOCHS = ("full", "eps=1e-8", "no STE", "no E-I Init"), (0, 1, 2, 3, 4), 5
 N_TRAIN, N_TEST, BATCH, LR, MOMENTUM = 1437, 360, 32, 0.003, 0.9
 N_BATCHES = N_TRAIN // BATCH  # of an epoch
+G_I = dict(
+    zip(SEEDS, (0.60627, 0.61017, 0.60642, 0.61297, 0.60807), strict=True)
+)  # after E-I Init, the same everywhere
 COLUMNS = "condition seed steps g_i first_weight first_loss lowest by_epoch test_accuracy".split()
 BEFORE = 987654321  # the seed that is set before a run
 PIXELS = torch.from_numpy(np.random.RandomState(0).randint(1, 2**20, 64)).double()  # weights of a sum over an image
 
 
 class Run:
-    """A run of a student: what it is called with, and what is written down while it goes on.
-
-    events: a letter for each thing that happens, in order: N a network is made, I E-I Init, B a backward pass, S a step
-    of an optimiser, 0 1 2 a layer is clamped, = there is nothing to clamp. Images are tuples of their numbers.
-    """
+    """A run of a student: what is written down while it goes on. Its events are letters: N a network, I E-I Init, B a
+    backward pass, S a step of an optimiser, 0 1 2 a layer is clamped, = there is nothing to clamp."""
 
     def __init__(self, condition, seed, epochs):
         self.condition, self.seed, self.epochs, self.events, self.over = condition, seed, epochs, "", False
@@ -204,8 +204,7 @@ RULES = [
     ("initialised on the whole training set", lambda r: any(len(images) >= N_TRAIN for images in r.inits)),
     ("the batches of another seed", lambda r: r.seen == r.order(0)),
     ("?E-I Init with other images than batches(seed, 0)[0]", lambda r: any(i != r.wanted[0] for i in r.inits)),
-    ("no backward pass", lambda r: r.net.first and not r.losses),
-    ("?Nothing is learned: no batch is given to the network", r"[^B]*"),
+    ("no backward pass", r"[^B]*"),
     ("trained on test images", lambda r: any(max(images) >= N_TRAIN for images in r.seen)),
     ("the same order in each epoch", lambda r: r.epochs > 1 and r.seen == r.wanted[:N_BATCHES] * r.epochs),
     ("?It does not learn from batches(seed, epoch)", lambda r: r.seen[: len(r.wanted)] != r.wanted[: len(r.seen)]),
@@ -375,7 +374,7 @@ def look_at_table(data, others_right=True):
         if found.count(key) != 1:
             raise Problem(f"There are {found.count(key)} lines for {key[0]!r}, seed {key[1]}, and there should be 1.")
     for row in rows:
-        tested, last = np.array(row["by_epoch"]), row["test_accuracy"]
+        tested, last, g_i = np.array(row["by_epoch"]), row["test_accuracy"], G_I.get(row["seed"], 0)
         shares = [all(abs(a * n - round(a * n)) < 1e-3 for a in (*tested, last)) for n in (N_TEST, N_TRAIN)]
         fits = 0 <= min(*tested, last) and max(*tested, last) <= 1 and shares[0]
         steps = f"{row['steps']:g} steps and {len(tested)} accuracies, not {N_BATCHES * EPOCHS} and {EPOCHS}"
@@ -387,8 +386,9 @@ def look_at_table(data, others_right=True):
             (not fits, None, f"its accuracies are no shares of the {N_TEST} test images. Do not round; no percent"),
             (last != tested[-1], best, f"test_accuracy should be the last of by_epoch, {tested[-1]:.6g}"),
             (others_right and row["lowest"] < 0, "no clamp", f"lowest is {row['lowest']:.3g}, below 0"),
-            (others_right and not without and row["g_i"] == 1, "E-I Init forgotten", "g_i is 1"),
             (others_right and without and row["g_i"] != 1, "E-I Init under every condition", "g_i is not 1"),
+            (others_right and not without and row["g_i"] == 1, "E-I Init forgotten", f"g_i is 1, not {g_i}"),
+            (others_right and not without and abs(row["g_i"] - g_i) > 1e-4, None, f"g_i is {row['g_i']}, not {g_i}"),
         ):
             if wrong:
                 raise Problem(f"{row['condition']!r}, seed {row['seed']:g}: {text}.", name)

@@ -104,7 +104,7 @@ def agreement(found, right, outcome):
         return 0
     cases = [case for case in zip(found, right, outcome, strict=True) if isinstance(case[0], dict)]
     rows = [(key, same(f, r, key), same(f, w, key)) for f, r, w in cases for key in r]  # name, right?, agrees?
-    kinds = [row for row in rows if row[0][0] == "~" and "dL/" not in row[0]]
+    kinds = [row for row in rows if row[0][0] == "~"]
     if not all(agrees for _, _, agrees in kinds) or (not texts and all(good for _, good, _ in rows)):
         return 0
     if all(good for _, good, _ in kinds):
@@ -122,7 +122,7 @@ def verdict(function, found, entry, right):
     for case, (f, r) in enumerate(zip(found, right, strict=True)):
         given = entry["inputs"][case]
         numbers = ", ".join(f"{k} = {v}" for k, v in given.items() if not isinstance(v, list) and k != "seed")
-        where = f"case {case}" + (f" ({numbers})" if numbers else "")
+        where = f"case {case} ({numbers})".replace(" ()", "")
         if isinstance(f, str):
             return False, f + (f" - {called}" if called else f", {where}" * (case > 0)), name
         for key in (key for key in r if key[0] != "~" and not same(f, r, key)):
@@ -143,13 +143,16 @@ def verdicts(a, book, look):
     names that are replaced: what `observe` finds."""
     wrong = {}
     for name, points in POINTS[a].items():
-        right, text, mistake = verdict(name, look(name, ()), book[name], book[name]["right"])
-        suspects = [other for other in USES.get(name, ()) if other in wrong]
+        suspects, entry, right = [other for other in USES.get(name, ()) if other in wrong], book[name], False
         groups = [group for n in range(len(suspects)) for group in itertools.combinations(suspects, n + 1)]
         for group in groups:
-            if not right and verdict(name, look(name, group), book[name], book[name]["given"]["+".join(group)])[0]:
-                right, mistake = True, None
-                text = f"right, apart from what follows from `{'`, `'.join(group)}`, which costs no points here"
+            right = right or verdict(name, look(name, group), entry, entry["given"]["+".join(group)])[0]
+        text, mistake = (
+            f"right, with a stand-in for `{'`, `'.join(suspects)}`, whose mistakes cost no points here",
+            None,
+        )
+        if not right:
+            right, text, mistake = verdict(name, look(name, ()), entry, entry["right"])
         if not right:
             follows = suspects and not mistake and text not in wrong.values()
             wrong[name] = text
@@ -220,8 +223,7 @@ def results(a, book, look, answers, files, others_right=True):
     found = [look("experiment", ()), verdict_of(look_at_table, files.get("results.csv"), others_right)]
     found += [(drawn, "right" if drawn else "not done yet: there is no PNG file a5.png", None)]
     found += [(n >= 5, f"{n} of 5 are written" + ("; your lecturer reads them" if n >= 5 else ""), None)]
-    for part, found_there in zip(POINTS[a].items(), found, strict=True):
-        yield *part, *found_there
+    yield from ((*part, *verdict) for part, verdict in zip(POINTS[a].items(), found, strict=True))
 
 
 def own_results(a, book):
@@ -314,8 +316,7 @@ def on_any_console(main):
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("stopped")
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -89,7 +89,7 @@ def submission(path, folder):
     place = path.relative_to(folder).as_posix()
     own = re.sub(r"\.zip$", "", place, flags=re.I)
     named = re.search(f"submission-({check.ID})", path.stem) or re.fullmatch(f"({check.ID})", own)
-    student = files.get("id.txt", b"").decode(errors="replace").strip()
+    student = files.get("id.txt", b"").decode("utf-8-sig", "replace").strip()
     if not re.fullmatch(check.ID, student):  # else a name that is no id is made into one, which is no other's
         made = re.sub(r"[^A-Za-z0-9]+", "_", own)[:30] + f"-{zlib.crc32(os.fsencode(place)):08x}"
         student = named[1] if named else made
@@ -133,11 +133,10 @@ def children():
 
 
 class Trial:
-    """Runs a submission, in one process as long as it answers, then in another one.
+    """Runs a submission, as a user of the system, in one process as long as it answers, then in another one.
 
     A part may take `seconds`. In a file in which one did not end, each of the others may take 10 seconds, and the whole
     file 2 `seconds`. A submission may take 10 `seconds`. A part that was not the first in its process is run again.
-    user: of the system, who runs it.
     """
 
     def __init__(self, files, questions, seconds, user):

@@ -21,10 +21,7 @@ USES["ei_init"] = ("fan_in", "weight_mean", "gain")
 STAND_INS = dict(  # none is a solution
     spike=lambda u, threshold=1.0: (torch.sin(9 * u) > threshold - 1.1).to(u.dtype),
     surrogate=lambda u, threshold=1.0, alpha=4.0: torch.cos(alpha * u - threshold),
-    simulate=lambda current, tau=2.0, threshold=1.0, alpha=4.0: (
-        current,
-        ((3 * current).cumsum(0) % (tau + 3) > threshold + 1).to(current.dtype),
-    ),
+    simulate=lambda current, tau=2.0, threshold=1.0, alpha=4.0: (current, 1.0 * (current.cumsum(0) % tau > threshold)),
     fan_in=lambda w: 50 + w.dim(),
     weight_mean=lambda x, d: 0.3 + 1 / d,
     gain=lambda x, d: 0.7 + 1 / d,
@@ -119,8 +116,7 @@ def simulate(m, c):
         raise Problem(f"simulate returns {type(out).__name__}, not a pair (u, s)")
     u, s = tensor(out[0], current, "u"), tensor(out[1], current, "s")
     c.unchanged()
-    found = {"u": u, "s": s, "dL/dI": gradient(s, c["weights"], current, keep=True)}
-    return found | {"~dL/dI of u": gradient(u, 1, current)}
+    return {"u": u, "s": s, "dL/dI": gradient(s, c["weights"], current)}
 
 
 def some_currents(function, names, m, c):

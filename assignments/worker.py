@@ -9,6 +9,10 @@ import json
 import os
 import sys
 
+import check
+import torch
+from probes import Problem, observe
+
 
 def limit():
     """Limits what a submission can take from the machine, where the system allows it."""
@@ -29,10 +33,6 @@ def main():
         os.dup2(nothing, stream)
     given = json.loads(jobs.readline())
     limit()
-    import check
-    import torch
-    from probes import Problem, observe
-
     torch.set_num_threads(1)
     check.BROKEN.update(given["broken"])
     answer = "ready"
