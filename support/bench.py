@@ -1,14 +1,9 @@
 """Speed and memory: `python -m support.bench` measures training steps and forward passes side by side in one process.
 
-    plain    the plain equations of `lif.py` and `inhibition.py`
-    fast     the same network with the fused forms of `fast.py`, as `train.py` uses it
-    bn       BN-SNN, accelerated too
-    dann     DANN, accelerated too; it has no time, T = 1
-    authors, authors bn    with --authors DIR, a checkout of the authors' repository: their E-I network and BN-SNN
-
-A round measures each form once; rounds follow one another until the time is up. A ratio to `fast` is the median of the
-rounds' ratios, so that what disturbs the machine for a while disturbs both. `plain` and the authors' networks run with
-the C library's usual memory management, the others with that of `train.py` (`fast.keep_memory`).
+plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`. bn and dann: the rivals,
+accelerated too; DANN has no time, T = 1. authors, authors bn: with --authors DIR, a checkout of their repository.
+A ratio to `fast` is the median of the rounds' ratios, so that what disturbs the machine for a while disturbs both.
+`plain` and the authors' networks run with the C library's usual memory management, the others with `fast.keep_memory`.
 """
 
 import copy
@@ -33,17 +28,12 @@ def networks(x, arch, T, authors=None):
     """What is measured: name -> network, on the device of the images x. The E-I networks have the same weights."""
     plain = build(arch, T=T).to(x.device)
     initialize(plain, x)
-    forms = {
-        "plain": plain,
-        "fast": copy.deepcopy(plain),
-        "bn": build(arch, kind="bn", T=T).to(x.device),
-        "dann": build(arch, kind="dann", T=1).to(x.device),
-    }
+    forms = dict(plain=plain, fast=copy.deepcopy(plain), bn=build(arch, kind="bn", T=T))
+    forms["dann"] = build(arch, kind="dann", T=1)
     for name in ("fast", "bn", "dann"):
-        accelerate(forms[name], x)
+        accelerate(forms[name].to(x.device), x)
     if authors:
-        forms["authors"] = theirs_like(plain, authors)
-        forms["authors bn"] = theirs_like(plain, authors, bn=True)
+        forms |= {"authors": theirs_like(plain, authors), "authors bn": theirs_like(plain, authors, bn=True)}
     return forms
 
 
@@ -66,19 +56,8 @@ class Contender:
         self.model.eval()(self.x)
 
 
-def milliseconds(work, device):
-    """How long `work` takes, until a GPU has done all of it."""
-    wait = getattr(torch, device.type).synchronize  # on a CPU it does nothing
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def peak_memory(work, device):
-    """MiB that PyTorch hands out at the worst moment of `work`, beyond what was held before; NaN where it is not known.
-    On a CPU they are added up from the profiler's record of every allocation."""
+    """MiB that PyTorch hands out at the worst moment of `work`, beyond what was held before; NaN: not known."""
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,25 +67,29 @@ def peak_memory(work, device):
         return float("nan")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events)) / 2**20
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")) / 2**20
 
 
 def measure(contenders, seconds, device):
     """One round that warms up, then rounds until the time is up: {(name, "train" or "forward"): ms of each round}."""
+    wait = getattr(torch, device.type).synchronize  # until a GPU has done its work; on a CPU it does nothing
     times = {(name, kind): [] for name in contenders for kind in ("train", "forward")}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 2 or (time.perf_counter() - start) * (rounds + 1) / rounds < seconds:
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 2 or (time.perf_counter() - begin) * (rounds + 1) / rounds < seconds:
         rounds += 1
         for name, kind in times:
             keep_memory(name not in ("plain", "authors", "authors bn"))
-            times[name, kind].append(milliseconds(getattr(contenders[name], kind), device))
+            wait()
+            start = time.perf_counter()
+            getattr(contenders[name], kind)()
+            wait()
+            times[name, kind].append(1e3 * (time.perf_counter() - start))
     return {key: ms[1:] for key, ms in times.items()}
 
 
 def show(contenders, times, device):
-    """Prints a line for each form; no ratios from fewer than five rounds."""
+    """Prints a line for each form. A ratio from few rounds says little."""
     rounds = len(times["fast", "train"])
     print(f"{rounds} rounds: median (fastest to slowest) in ms, ratio to fast, peak memory of a training step in MiB\n")
     print(f"{'':10}{'training step':>30}{'ratio':>7}{'forward':>30}{'ratio':>7}{'memory':>8}")
@@ -114,11 +97,10 @@ def show(contenders, times, device):
         cells = f"{name:10}"
         for kind in ("train", "forward"):
             ms, fast = times[name, kind], times["fast", kind]
-            ratio = f"{median(a / b for a, b in zip(ms, fast, strict=True)):.2f}" if rounds >= 5 else "-"
-            cells += f"{f'{median(ms):.4g} ({min(ms):.4g} to {max(ms):.4g})':>30}{ratio:>7}"
+            ratio = median(a / b for a, b in zip(ms, fast, strict=True))
+            cells += f"{f'{median(ms):.4g} ({min(ms):.4g} to {max(ms):.4g})':>30}{ratio:7.2f}"
         contender.optimizer.zero_grad()  # so that the step makes what it frees
         print(f"{cells}{peak_memory(contender.train, device):8.0f}", flush=True)
-    print("" if rounds >= 5 else "no ratios from fewer than five rounds: give more --seconds")
 
 
 def run(argv):

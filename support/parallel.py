@@ -1,21 +1,16 @@
-"""Several processes that train one network together (torchrun), each on its share of every batch. One process alone is
-rank 0 of 1, and nothing here does anything then."""
+"""Several processes that train one network together (torchrun). One process alone is rank 0 of 1."""
 
 import contextlib
 import datetime
-import io
 import os
-import sys
 
 import torch
 import torch.distributed as dist
 
 
 def pick_device(name=None):
-    """The device by name, or CUDA if there is one, else the CPU; with torchrun each process's own. One that cannot be
-    used is a ValueError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device by name, else CUDA, else the CPU; with torchrun each process's own. ValueError: it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
@@ -39,15 +34,14 @@ def world():
 @contextlib.contextmanager
 def joined(device):
     """For a `with` block, joins the other processes that torchrun started; the first one speaks for all."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first one may have data to decode
-    with contextlib.redirect_stdout(io.StringIO() if rank() else sys.stdout):
-        try:
-            yield
-        finally:
-            if world() > 1:
-                dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first may have data to decode
+            stack.callback(dist.destroy_process_group)
+        if rank():
+            stack.enter_context(contextlib.redirect_stdout(None))  # `print` writes nothing then
+        yield
 
 
 @contextlib.contextmanager
@@ -85,6 +79,5 @@ def same_buffers(model):
 
 
 def wrap(model):
-    """The network with gradients that are averaged over the processes; every process starts from the first one's."""
-    # An edited circuit may have parameters that its readout does not use.
+    """The network with gradients averaged over the processes, which start alike. A readout may leave parameters unused."""
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world() > 1 else model
