@@ -8,11 +8,10 @@ import copy
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from ei_init import ei_init, initialize
 from model import build, circuits, layers
@@ -208,7 +207,7 @@ def draw_representation(args, runs):
     y = y.cpu().numpy()
     n = len(layers(networks[AFTER]))
     shown = plots.shown_layers(n)
-    figure = Figure(figsize=(plots.PAGE, 5.6))
+    figure = matplotlib.figure.Figure(figsize=(plots.PAGE, 5.6))
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
     axes = plots.distribution_axes(upper, shown, run.config["threshold"])
     rows, points, last = [], [], {}

@@ -79,5 +79,5 @@ def same_buffers(model):
 
 
 def wrap(model):
-    """The network with gradients averaged over the processes, which start alike. A readout may leave parameters unused."""
+    """The network with gradients averaged over the processes, which start alike; some parameters may be unused."""
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world() > 1 else model
