@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 def pick_device(name=None):
     """The device by name, else CUDA, else the CPU; with torchrun each process's own. ValueError: it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
