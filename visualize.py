@@ -8,11 +8,10 @@ import copy
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from ei_init import ei_init, initialize
 from model import build, circuits, layers
@@ -131,11 +130,10 @@ def draw_stabilizer(args, runs):
     run, dataset, networks = networks_of(runs, end=True)
     variants = {"adaptive": ("adaptive", True), "adaptive, no STE": ("adaptive", False)}
     variants.update({f"\u03b5={eps}": (float(eps), True) for eps in ("1e-4", "1e-6", "1e-8")})
-    variants = with_own(variants, networks[AFTER])
+    variants, rows = with_own(variants, networks[AFTER]), []
     order = data.epoch_order(run.config, dataset, 0)[: args.batches]
     batches = [data.training_batch(run.config, dataset, chosen, step) for step, chosen in enumerate(order)]
     figure, axes = panels(4.4, 2, 2, sharex=True, sharey="row")
-    rows = []
     for (when, network), (top, bottom) in zip(networks.items(), axes.T, strict=True):
         found = measure.stabilization(network, batches, variants)
         by = [row["layer"] for row in found]
@@ -173,9 +171,8 @@ def side_by_side(runs, take):
 
 def draw_curves(args, runs):
     """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
-    found = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, stored.metrics)
+    found, rows = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, stored.metrics), []
     figure, [[left, right]] = panels(2.5, 1, 2)
-    rows = []
     for (kind, epochs), style in zip(found.items(), STYLES, strict=False):
         by = [row["epoch"] for row in epochs]
         left.plot(by, [row["train_loss"] for row in epochs], label=NAMES[kind], **style)
@@ -190,8 +187,8 @@ def draw_curves(args, runs):
 
 def draw_epsilon(args, runs):
     """The talk's table: what becomes of the training with a fixed epsilon, and with the adaptive one."""
-    words = ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4", "adaptive")
-    found = {eps: runs.pick(eps=recipes.epsilon(eps)) for eps in words}
+    names = "1e-8 1e-7 1e-6 1e-5 1e-4 adaptive"
+    found = {eps: runs.pick(eps=recipes.epsilon(eps)) for eps in names.split()}
     plots.table("epsilon", "epsilon", side_by_side(found, stored.result_of), args.out)
 
 
@@ -210,7 +207,7 @@ def draw_representation(args, runs):
     y = y.cpu().numpy()
     n = len(layers(networks[AFTER]))
     shown = plots.shown_layers(n)
-    figure = Figure(figsize=(plots.PAGE, 5.6))
+    figure = matplotlib.figure.Figure(figsize=(plots.PAGE, 5.6))
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
     axes = plots.distribution_axes(upper, shown, run.config["threshold"])
     rows, points, last = [], [], {}
@@ -256,13 +253,11 @@ def draw_balance(args, runs):
             network.T = 24  # longer than in the training, to see the traces
         currents, seen = measure.currents_of(network, x, layer), []
         measure.observe(network, x, lambda i, current, u, spikes, seen=seen: seen.append((u, spikes)))
-        four = (currents["i_ee"], currents["i_sub"], *seen[layer])
-        found[when] = [middle(values).cpu().numpy() for values in four]  # each (T, images, maps)
+        found[when] = [middle(v).cpu().numpy() for v in (currents["i_ee"], currents["i_sub"], *seen[layer])]
     rates = (found[AFTER][3] > 0).mean(0)  # (images, maps)
     neurons = np.abs(rates.mean(0) - 0.3).argsort(kind="stable")[:3].tolist()  # neither silent nor always firing
     image = np.abs(rates[:, neurons[0]] - 0.3).argmin()
     time = np.arange(1, network.T + 1)
-
     figure, axes = panels(4, 2, 3, width_ratios=(1, 1.2, 1.2), sharex="col")
     rows = []
     for (when, (i_ee, i_sub, u, s)), (scatter, currents, membrane) in zip(found.items(), axes, strict=True):

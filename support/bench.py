@@ -2,7 +2,6 @@
 
 plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`. bn and dann: the rivals,
 accelerated too; DANN has no time, T = 1. authors, authors bn: with --authors DIR, a checkout of their repository.
-
 A ratio to `fast` is the median of the rounds' ratios, so that what disturbs the machine for a while disturbs both.
 `plain` and the authors' networks run with the C library's usual memory management, the others with `fast.keep_memory`.
 """

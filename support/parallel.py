@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 def pick_device(name=None):
     """The device by name, else CUDA, else the CPU; with torchrun each process's own. ValueError: it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
@@ -79,6 +80,5 @@ def same_buffers(model):
 
 
 def wrap(model):
-    """The network with gradients that are averaged over the processes; every process starts from the first one's.
-    An edited circuit may have parameters that its readout does not use."""
+    """The network with gradients averaged over the processes, which start alike; some parameters may be unused."""
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world() > 1 else model
