@@ -289,12 +289,34 @@ def draw_balance(args, runs):
     save(figure, "balance", rows, args.out)
 
 
+@torch.no_grad()
+def contrast_response(model, x, contrasts):
+    """Firing rates (2, contrasts, layers): with divisive inhibition, and with I_div held at its mean. The mean is that
+    of each map, over images, time and positions of x at full contrast in the intact network."""
+    divided, means = circuits(model)[:-1], {}
+    for i, circuit in enumerate(divided):
+        i_div = measure.currents_of(model, x, i)["i_div"].flatten(0, 1)
+        means[circuit] = i_div.mean((0, *range(2, i_div.dim())), keepdim=True)
+
+    def undivided(circuit, args, _):
+        found = circuit.currents(args[0])
+        g_e, b_e = (p.view(-1, *[1] * (found["i_ee"].dim() - 2)) for p in (circuit.g_e, circuit.b_e))
+        return g_e * (found["i_ee"] - found["i_sub"]) / means[circuit] + b_e
+
+    rates = []  # one after another: with and without the division, of each contrast, of each layer
+    for changed in ([], divided):
+        with measure.hooked(model, [circuit.register_forward_hook(undivided) for circuit in changed]):
+            for contrast in contrasts:
+                measure.observe(model, contrast * x, lambda i, current, u, spikes: rates.append(spikes.mean().item()))
+    return torch.tensor(rates).view(2, len(contrasts), -1)
+
+
 def draw_gain(args, runs):
     """Contrast response of each layer of the trained network: what PV+ divisive inhibition is for."""
     run, dataset, networks = networks_of(runs)
     contrasts = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     x, _ = data.sample(dataset, run.config["T"], 64)
-    responses = measure.contrast_response(networks[AFTER], x, contrasts)  # (2, contrasts, layers)
+    responses = contrast_response(networks[AFTER], x, contrasts)  # (2, contrasts, layers)
     conditions = ("divisive inhibition", "its mean instead")
     n = responses.shape[2]
     shown = plots.shown_layers(n)

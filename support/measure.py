@@ -52,12 +52,11 @@ def evaluate(model, x, y, batch_size=100):
     return loss, accuracy, rates
 
 
-def first_nonfinite(model, x, y, bad_gradients=()):
+def first_nonfinite(model, x, y):
     """The name of what is not finite in a training step with images x and labels y.
 
     The first layer, in forward order, with such a parameter or value; else "loss", if it is not finite; else, since
     gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "loss".
-    bad_gradients: names, in the network's order, of those that were not finite; without them they are computed.
     """
     found = []
 
@@ -70,11 +69,10 @@ def first_nonfinite(model, x, y, bad_gradients=()):
         loss = F.cross_entropy(model(x), y)
         if found or not loss.isfinite():
             return [*found, "loss"][0]
-        if not bad_gradients:
-            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            pairs = zip(dict(model.named_parameters()), gradients, strict=True)
-            bad_gradients = [name for name, g in pairs if g is not None and not g.isfinite().all()]
-    return f"{bad_gradients[-1]} (its gradient)" if bad_gradients else "loss"
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    pairs = zip(dict(model.named_parameters()), gradients, strict=True)
+    bad = [name for name, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
+    return f"{bad[-1]} (its gradient)" if bad else "loss"
 
 
 @torch.no_grad()
@@ -209,28 +207,6 @@ def currents_of(model, x, index):
     with hooked(model, [circuits(model)[index].register_forward_pre_hook(record)]):
         model(x)
     return found
-
-
-@torch.no_grad()
-def contrast_response(model, x, contrasts):
-    """Firing rates (2, contrasts, layers): with divisive inhibition, and with I_div held at its mean. The mean is that
-    of each map, over images, time and positions of x at full contrast in the intact network."""
-    divided, means = circuits(model)[:-1], {}
-    for i, circuit in enumerate(divided):
-        i_div = currents_of(model, x, i)["i_div"].flatten(0, 1)
-        means[circuit] = i_div.mean((0, *range(2, i_div.dim())), keepdim=True)
-
-    def undivided(circuit, args, _):
-        found = circuit.currents(args[0])
-        g_e, b_e = (p.view(-1, *[1] * (found["i_ee"].dim() - 2)) for p in (circuit.g_e, circuit.b_e))
-        return g_e * (found["i_ee"] - found["i_sub"]) / means[circuit] + b_e
-
-    rates = []  # one after another: with and without the division, of each contrast, of each layer
-    for changed in ([], divided):
-        with hooked(model, [circuit.register_forward_hook(undivided) for circuit in changed]):
-            for contrast in contrasts:
-                observe(model, contrast * x, lambda i, current, u, spikes: rates.append(spikes.mean().item()))
-    return torch.tensor(rates).view(2, len(contrasts), -1)
 
 
 def stabilization(model, batches, variants):
