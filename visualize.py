@@ -125,6 +125,43 @@ def draw_gradients(args, runs):
     save(figure, "gradients", rows, args.out, legend=axes[0, 0])
 
 
+def stabilization(model, batches, variants):
+    """Where I_div is 0, and what that does to the gradient: a list of dicts, one for each circuit that divides.
+
+    In each batch, (images, labels), all of one size, each circuit's own incoming gradient dL/dI_int is sent back to its
+    input x with each of the variants, name -> (eps, ste); under this name is the largest norm of the gradient to x.
+    layer: from 1. zeros: the share of I_div that is exactly 0. unbalanced: the share of these with I_EE other than
+    I_sub; only there can STE change a gradient.
+    """
+    divided, seen = circuits(model)[:-1], {}
+    rows = [dict(layer=i, zeros=0.0, unbalanced=0.0) for i, _ in enumerate(divided, 1)]
+
+    def record(circuit, args, i_int):
+        seen[circuit] = args[0].detach(), i_int
+
+    for images, labels in batches:
+        with measure.hooked(model, [circuit.register_forward_hook(record) for circuit in divided]):
+            loss = F.cross_entropy(model(images), labels)
+        incoming = torch.autograd.grad(loss, [seen[circuit][1] for circuit in divided])
+        for circuit, row, grad_int in zip(divided, rows, incoming, strict=True):
+            x = seen[circuit][0]
+            found = circuit.currents(x)
+            zero = found["i_div"] == 0
+            rounding = 1e-5 * found["i_ee"].amax()
+            unbalanced = zero & ((found["i_ee"] - found["i_sub"]).abs() > rounding)
+            row["zeros"] += zero.sum().item() / zero.numel() / len(batches)
+            row["unbalanced"] += unbalanced.sum().item() / zero.numel() / len(batches)
+            usual = circuit.eps, circuit.ste
+            for name, (circuit.eps, circuit.ste) in variants.items():
+                leaf = x.clone().requires_grad_()
+                (grad,) = torch.autograd.grad(circuit.currents(leaf)["i_int"], leaf, grad_int)
+                row[name] = max(row.get(name, 0.0), grad.norm().item())
+            circuit.eps, circuit.ste = usual
+    for row in rows:
+        row["unbalanced"] /= row["zeros"] or 1
+    return rows
+
+
 def draw_stabilizer(args, runs):
     """Where I_div is 0, and what each stabilization does to the gradient, before the training and at its end."""
     run, dataset, networks = networks_of(runs, end=True)
@@ -135,7 +172,7 @@ def draw_stabilizer(args, runs):
     batches = [data.training_batch(run.config, dataset, chosen, step) for step, chosen in enumerate(order)]
     figure, axes = panels(4.4, 2, 2, sharex=True, sharey="row")
     for (when, network), (top, bottom) in zip(networks.items(), axes.T, strict=True):
-        found = measure.stabilization(network, batches, variants)
+        found = stabilization(network, batches, variants)
         by = [row["layer"] for row in found]
         top.plot(by, [100 * row["zeros"] for row in found], color=INH, marker="o", label="$I_{div} = 0$")
         unbalanced = [100 * row["unbalanced"] if row["zeros"] else np.nan for row in found]  # no zeros: no share

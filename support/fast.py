@@ -173,8 +173,7 @@ class FastLayer(Layer):
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if still and isinstance(self.circuit, STEADY):
-            # One step is computed, and then expanded over time. The sum over time, which is the gradient of that, runs
-            # fast where the channels are last in memory.
+            # One step is computed, then expanded over time; the gradient of that is a sum, fast with channels last.
             current = self.circuit(x).movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
         x = torch.cat([x] * T) if still else x  # BN-SNN counts every time step in its variance
@@ -214,41 +213,23 @@ FORMS |= {DANNCircuit: FastDANNCircuit, DANNCircuit2d: FastDANNCircuit2d}
 
 # A checksum of each function that a fused form stands for. After a change of one, tests/test_fast.py says the new one:
 # put it here when the other tests of that file have shown that plain and fused are equal.
-FINGERPRINTS = {
-    "baselines.DANN.__init__": "da4054dce567",
-    "baselines.DANN.inhibitory_parameters": "30182545b180",
-    "ei_prop.divide": "19fcf8e48779",
-    "ei_prop.scale_gradient": "5b5b171c2520",
-    "ei_prop.smallest_positive": "6bebe15ba635",
-    "ei_prop.stabilize": "9d6be9594203",
-    "ei_prop.straight_through": "0826f0058070",
-    "inhibition.EICircuit.__init__": "c8f72c5493ee",
-    "inhibition.EICircuit.currents": "69ccc3c402cd",
-    "inhibition.EICircuit.extra_repr": "6d9cc770cff5",
-    "inhibition.EICircuit.forward": "9eb5b79b662d",
-    "inhibition.EICircuit.inhibitory_parameters": "17622cd6a0b7",
-    "inhibition.EICircuit.is_reached": "52946c844d09",
-    "inhibition.EICircuit.lateral": "03b1740b1f1a",
-    "inhibition.EICircuit.product": "09171db9491e",
-    "inhibition.EICircuit.scaled": "5baa23733963",
-    "inhibition.EICircuit.synapses": "b848e127b27f",
-    "inhibition.EICircuit2d.__init__": "dcf8d1859489",
-    "inhibition.EICircuit2d.is_reached": "130a7f40af8a",
-    "inhibition.EICircuit2d.product": "4309ce30ea80",
-    "lif.LIF.__init__": "3eda42f2017f",
-    "lif.LIF.extra_repr": "4dea997248e9",
-    "lif.LIF.forward": "9ef537752584",
-    "lif.LIF.membrane_potential": "ee5833009f10",
-    "lif.LIF.simulate": "3a04552d3938",
-    "lif.Spike.backward": "75aee6ae5666",
-    "lif.Spike.forward": "9e418c08b983",
-    "lif.Spike.setup_context": "ba32b189598e",
-    "lif.check_neuron": "5c2f6a218fd0",
-    "lif.simulate": "17596fc7bdee",
-    "model.AvgPool.forward": "b49f03c86895",
-    "model.Layer.__init__": "8927d015ea48",
-    "model.Layer.forward": "b4012e9aa5d1",
-}
+_pairs = """
+    baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180
+    ei_prop.divide 19fcf8e48779  ei_prop.scale_gradient 5b5b171c2520  ei_prop.smallest_positive 6bebe15ba635
+    ei_prop.stabilize 9d6be9594203  ei_prop.straight_through 0826f0058070
+    inhibition.EICircuit.__init__ c8f72c5493ee  inhibition.EICircuit.currents 69ccc3c402cd
+    inhibition.EICircuit.extra_repr 6d9cc770cff5  inhibition.EICircuit.forward 9eb5b79b662d
+    inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7  inhibition.EICircuit.is_reached 52946c844d09
+    inhibition.EICircuit.lateral 03b1740b1f1a  inhibition.EICircuit.product 09171db9491e
+    inhibition.EICircuit.scaled 5baa23733963  inhibition.EICircuit.synapses b848e127b27f
+    inhibition.EICircuit2d.__init__ dcf8d1859489  inhibition.EICircuit2d.is_reached 130a7f40af8a
+    inhibition.EICircuit2d.product 4309ce30ea80  lif.LIF.__init__ 3eda42f2017f  lif.LIF.extra_repr 4dea997248e9
+    lif.LIF.forward 9ef537752584  lif.LIF.membrane_potential ee5833009f10  lif.LIF.simulate 3a04552d3938
+    lif.Spike.backward 75aee6ae5666  lif.Spike.forward 9e418c08b983  lif.Spike.setup_context ba32b189598e
+    lif.check_neuron 5c2f6a218fd0  lif.simulate 17596fc7bdee  model.AvgPool.forward b49f03c86895
+    model.Layer.__init__ 8927d015ea48  model.Layer.forward b4012e9aa5d1
+""".split()
+FINGERPRINTS = dict(zip(_pairs[::2], _pairs[1::2], strict=True))
 CONCEPTS = {name.partition(".")[0] for name in FINGERPRINTS}  # lif, inhibition, ...
 
 
@@ -294,10 +275,8 @@ def definitions(text):
 
 
 def fingerprint(function):
-    """A checksum of the syntax tree of a function as it is loaded, without comments, docstrings and layout.
-
-    None if its text cannot be read, or is not what runs: the file has changed since, or something wraps it.
-    """
+    """A checksum of the syntax tree of a function, without comments, docstrings and layout. None if its text cannot be
+    read, or is not what runs: the file has changed since it was loaded, or something wraps it."""
     loaded = inspect.unwrap(function)
     try:
         text = "".join(inspect.findsource(loaded)[0])
@@ -310,10 +289,8 @@ def fingerprint(function):
 
 
 def functions_of(thing, place):
-    """All that a class or a function of the concept files leads to: {"lif.simulate": the function, ...}.
-
-    place: the name under which `thing` was found. It counts where that comes from no concept file.
-    """
+    """All that a class or a function of the concept files leads to: {"lif.simulate": the function, ...}. place: the
+    name under which `thing` was found. It counts where that comes from no concept file."""
     found, left = {}, [(thing, place)]
     while left:
         thing, place = left.pop()
@@ -386,14 +363,10 @@ def accelerate(model, batch=None, precision="float32"):
 
 
 def keep_memory(keep=True):
-    """On Linux, has the C library keep the memory that tensors give back, for the next step needs the same again.
-
-    By default blocks above 32 MB go back to the system, which clears every page before it gives them out again: a
-    quarter and more of a training step on a CPU. Changes no result; `keep=False` is the default's behaviour again.
-    """
+    """On Linux, has the C library keep the memory that tensors give back (`keep=False`: as by default). Else blocks of
+    more than 32 MB go back to the system, which clears them anew: a quarter and more of a step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_MMAP_MAX, 0 if keep else 65536)
-        mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX
+        mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD

@@ -1,6 +1,6 @@
 """The authors' trained networks: reading and writing their files, and training beside their program.
 
-    model = official.load("model.safetensors", "vgg8", n_classes=10)   as `model.build`
+    model = official.load("model.safetensors", T=4, image_size=32)     a network of `model.build`
     official.save(model, "model.safetensors")                          runs in the authors' program
     python train.py --official CIFAR10-VGG8 --data cifar10             downloads one, tests it, makes a run folder
     python -m support.official --compare DIR                           DIR is a checkout of the authors' repository
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
-from model import MLP, ResNet18, build, circuits
+from model import MLP, PLANS, ResNet18, build, circuits
 from support import data, parallel, recipes
 from support.fast import accelerate
 from support.measure import evaluate, header
@@ -120,12 +120,42 @@ def fill(model, tensors):
     return model
 
 
-def load(path, arch, **options):
-    """One of the authors' networks, from their model.safetensors or its folder: `model.build(arch, **options)`.
+def describe(tensors, image_size=32):
+    """What `model.build` is to be told of a file's network. Its poolings are where the paper has them."""
+    ends = ("conv_ee.weight", "weight_ee")
+    w_ee = {name: tensor for name, tensor in tensors.items() if name.endswith(ends) and tensor.dim() in (2, 4)}
+    if "conv1.conv_ee.weight" in w_ee and "fc.weight_ee" in w_ee:
+        arch, plan, first, last = "resnet18", None, w_ee["conv1.conv_ee.weight"], w_ee["fc.weight_ee"]
+    elif len(w_ee) > 1 and all(name.split(".")[1].isdigit() for name in w_ee):
+        first, *between, last = [w_ee[name] for name in sorted(w_ee, key=lambda name: int(name.split(".")[1]))]
+        sizes, depths = (
+            [len(first), *map(len, between)],
+            {len(PLANS[f"vgg{n}"]) - 5: f"vgg{n}" for n in (8, 11, 16, 19)},
+        )
+        arch = "mlp" if first.dim() == 2 else depths.get(len(sizes))
+        if arch is None:
+            raise ValueError(f"{len(sizes)} convolutions are no E-I network of the authors")
+        left = iter(sizes)
+        plan = sizes if arch == "mlp" else [n if n == "P" else next(left) for n in PLANS[arch]]
+        plan = None if plan == PLANS[arch] else plan
+    else:
+        raise ValueError("there is no E-I network of the authors in it")
+    n_i = next((len(t) for n, t in tensors.items() if "_ie" in n and t.shape[1:] == first.shape[1:]), len(first))
+    channels = first.shape[1] // image_size**2 if arch == "mlp" else first.shape[1]
+    return dict(
+        arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=max(1, len(first) // max(1, n_i))
+    )
 
-    ValueError: a tensor is missing, too many, or of another shape than with these options. OSError: there is no file.
+
+def load(path, arch=None, **options):
+    """One of the authors' networks, from their model.safetensors or its folder: a network of `model.build`.
+
+    options: of `model.build`, e.g. T and image_size. With an `arch` they say all; else sizes are those of the file.
+    ValueError: a tensor is missing, too many, or of another shape. OSError: there is no file.
     """
-    return fill(build(arch, **options), read(path))
+    tensors = read(path)
+    told = dict(arch=arch) if arch else describe(tensors, options.get("image_size", 32))
+    return fill(build(**told | options), tensors)
 
 
 def save(model, path, frames=False):
@@ -157,8 +187,8 @@ def fetch(name):
     return Path(path).parent
 
 
-def settings_of(folder, args):
-    """The settings of a run: what is given on the command line, else what config.json says."""
+def settings_of(folder, plan, args):
+    """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
     given = {key: value for key, value in vars(args).items() if value is not None}
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -168,7 +198,7 @@ def settings_of(folder, args):
         )
         neuron = NEURON | theirs.get("neuron", {})
         said.update(tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
-        said.update(T=theirs.get("T"), ei_ratio=theirs.get("ei_ratio", 4))
+        said.update(T=theirs.get("T"), ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:
             raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
         parsed = recipes.parse([f"--{key.replace('_', '-')}={given.get(key, said[key])}" for key in said])
@@ -182,7 +212,8 @@ def command(args, device):
     if parallel.world() > 1:
         raise ValueError("--official is for one process: leave torchrun out")
     folder = fetch(args.official)
-    tensors, config = read(folder), settings_of(folder, args)
+    tensors = read(folder)
+    config = settings_of(folder, describe(tensors)["plan"], args)
     dataset, model = load_data_and_model(config, device)
     fill(model, tensors)
     name = folder.resolve().name

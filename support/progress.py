@@ -34,16 +34,11 @@ def stop_requests():
 
 
 class Progress:
-    """The state of a training. `epochs` and `batches` are what its loop runs over.
+    """The state of a training, whose loop runs over `epochs` and `batches`. Everything is saved to `run`.
 
-    Args:
-        run, config: the `Run` to which everything is saved, and its settings.
-        dataset, model, optimizer: what is trained, and with what. The model is initialised, if the training is new.
-        state: of an earlier training, to go on with; None: it is new.
-        give_up: end the training when the network is at chance for a third of its epochs.
-
-    Raises:
-        ValueError: `state` is of another network, of other data or of more epochs. Nothing was written then.
+    state: of an earlier training, to go on with; None: it is new, and the model is initialised. give_up: end when the
+    network is at chance for a third of its epochs. A ValueError if `state` is of another network, of other data or of
+    more epochs; nothing was written then.
     """
 
     def __init__(self, run, config, dataset, model, optimizer, state=None, give_up=False):

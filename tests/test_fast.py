@@ -175,7 +175,7 @@ def test_prove_it_and_renew_the_fingerprint():
         found |= fast.functions_of(thing, "")
     now = {name: fast.fingerprint(function) for name, function in found.items()}
     changed = [name for name in sorted({*now, *FINGERPRINTS}) if now.get(name) != FINGERPRINTS.get(name)]
-    lines = [f'    "{name}": "{now[name]}",' if name in now else f"    {name} is gone" for name in changed]
+    lines = [f"    {name} {now[name]}" if name in now else f"    {name} is gone" for name in changed]
     assert not changed, (
         f"{', '.join(changed)} changed. Adapt the fused form in support/fast.py until the tests of this file that "
         "compare both forms pass (test_fused_equals_plain, test_lif, here and on a GPU). Then put into FINGERPRINTS:\n"

@@ -16,7 +16,7 @@ from model import build, circuits, layers
 from support import data, measure
 from support.fast import accelerate
 from support.measure import costs, currents_of, evaluate, first_nonfinite, histogram, observe, population
-from visualize import contrast_response
+from visualize import contrast_response, stabilization
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 SIZES = [(16, 32), (16, 16), (32, 8), (32, 4), (32, 2)]  # maps of its layers, and their side in pixels
@@ -203,7 +203,7 @@ def test_stabilization_counts_zeros_and_gradients():
     x, y = data.to_input(dataset.train_x[:8]), dataset.train_y[:8]
     net = network(x, [16, "P", 16, "P"])
     variants = dict(adaptive=("adaptive", True), no_ste=("adaptive", False), small=(1e-6, True), tiny=(1e-8, True))
-    first, second = measure.stabilization(net, [(x, y)], variants)
+    first, second = stabilization(net, [(x, y)], variants)
     zeros = (currents_of(net, x, 0)["i_div"] == 0).float().mean().item()
     assert 0.05 < zeros < 0.5 and first["zeros"] == pytest.approx(zeros) and second["layer"] == 2
     assert first["unbalanced"] == 0 and first["no_ste"] == pytest.approx(first["adaptive"], rel=1e-3)
@@ -213,7 +213,7 @@ def test_stabilization_counts_zeros_and_gradients():
     with torch.no_grad():
         net.encoder.stages[0].circuit.w_ie[:, :, :, 0] = 0  # what Dale's law may do: I_div = 0, but I_EE > 0
     halves = [(x[:4], y[:4]), (x[4:], y[4:])]
-    one, other, both = (measure.stabilization(net, part, variants)[0] for part in (halves[:1], halves[1:], halves))
+    one, other, both = (stabilization(net, part, variants)[0] for part in (halves[:1], halves[1:], halves))
     assert one["unbalanced"] > 0.01 and both["zeros"] == pytest.approx((one["zeros"] + other["zeros"]) / 2)
     shares = [row["unbalanced"] * row["zeros"] for row in (one, other, both)]
     assert shares[2] == pytest.approx((shares[0] + shares[1]) / 2)
