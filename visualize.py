@@ -288,7 +288,7 @@ def draw_balance(args, runs):
     for when, network in networks.items():
         if x.dim() == 4:
             network.T = 24  # longer than in the training, to see the traces
-        currents, seen = measure.currents_of(network, x, layer), []
+        currents, seen = currents_of(network, x, layer), []
         measure.observe(network, x, lambda i, current, u, spikes, seen=seen: seen.append((u, spikes)))
         found[when] = [middle(v).cpu().numpy() for v in (currents["i_ee"], currents["i_sub"], *seen[layer])]
     rates = (found[AFTER][3] > 0).mean(0)  # (images, maps)
@@ -327,12 +327,27 @@ def draw_balance(args, runs):
 
 
 @torch.no_grad()
+def currents_of(model, x, index):
+    """The currents of one circuit, each (T, B, ...), for an input x of the network."""
+    found = {}
+
+    def record(circuit, args):
+        for name, values in circuit.currents(args[0]).items():
+            values = values.unflatten(0, (-1, len(x)))  # (T, B, ...); a still image may pass the first circuit once
+            found[name] = values.expand(model.T, *values.shape[1:])
+
+    with measure.hooked(model, [circuits(model)[index].register_forward_pre_hook(record)]):
+        model(x)
+    return found
+
+
+@torch.no_grad()
 def contrast_response(model, x, contrasts):
     """Firing rates (2, contrasts, layers): with divisive inhibition, and with I_div held at its mean. The mean is that
     of each map, over images, time and positions of x at full contrast in the intact network."""
     divided, means = circuits(model)[:-1], {}
     for i, circuit in enumerate(divided):
-        i_div = measure.currents_of(model, x, i)["i_div"].flatten(0, 1)
+        i_div = currents_of(model, x, i)["i_div"].flatten(0, 1)
         means[circuit] = i_div.mean((0, *range(2, i_div.dim())), keepdim=True)
 
     def undivided(circuit, args, _):

@@ -1,8 +1,6 @@
-"""Grading what was handed in, for `lecturer.py grade`; not part of the handout.
-
-First everything is read into memory. Then each submission runs in processes of its own (`worker.py`), which get the
-questions by their standard input. What is right, and the grades, stay in the memory of this process.
-"""
+"""Grading what was handed in, for `lecturer.py grade`; not part of the handout. First everything is read into memory.
+Then each submission runs in processes of its own (`worker.py`), which get the questions by their standard input. What
+is right, and the grades, stay in the memory of this process."""
 
 import ast
 import collections

@@ -1,7 +1,4 @@
-"""What `check.py` asks each function of A1 to A4, and what it looks at: outputs, gradients, changes in place.
-
-Students need not read this file. It needs torch and numpy.
-"""
+"""What `check.py` asks each function of A1 to A4, and what it looks at. Students need not read this file."""
 
 import traceback
 from functools import partial

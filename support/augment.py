@@ -24,7 +24,7 @@ def augment_cifar(x, generator):
 
     Cutout: with probability 1/2 a rectangle of 2 to 40 % of the area, aspect ratio 0.4 to 2.5 (log-uniform), is filled
     with random values in [0, 1], one for each pixel and channel. In the authors' program the aspect ratio is uniform,
-    and the rectangle has one random shade of red: what that changes is in results/README.md.
+    and the rectangle has one random shade of red: what that changes is in results/cifar10.md.
     """
     B, C, _, S = x.shape
     uniform = partial(_uniform, x, generator)

@@ -57,10 +57,8 @@ def count(x, y, p, t, T):
     """Events -> how many there are at each pixel in each frame, (T, 2, SENSOR, SENSOR), int64.
 
     Of n events, in order of time, each frame receives n // T, and the last n % T are left out, as in tonic's ToFrame
-    with n_event_bins. Polarities of -1 and 1 are taken as 0 and 1.
-
-    Raises:
-        ValueError: fewer than T events, times that are not numbers, a pixel beyond the sensor, another polarity.
+    with n_event_bins. Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, times that are not numbers, a
+    pixel beyond the sensor, another polarity: a ValueError.
     """
     if len(t) < T:
         raise ValueError(f"{len(t)} events cannot make T={T} frames")

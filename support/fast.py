@@ -1,16 +1,14 @@
 """Fused forms of the plain equations: the same results with fewer operations.
 
 `accelerate(model)` puts a fused form in the place of a plain one only where the plain text is the one that the fused
-form was proven equal to (tests/test_fast.py). Whoever edits an equation trains what they wrote: its fingerprint, a
-checksum of the syntax tree, is another one, a line says so, and the plain form stays.
+form was proven equal to (tests/test_fast.py). An edited equation has another fingerprint, a checksum of its syntax
+tree: then one line says so, and the plain form trains.
 
-What each form brings, as the time of a training step without it (VGG-8, batch 64, two CPU cores):
-- circuit, 2.07: I_EE - I_sub = (W_EE - W_EI W_IE) * x, for s_I is linear in x, so one kernel with a sign stands for two
-  products, and one convolution serves both populations. Of it the division with its gradients written out, 1.32, and a
-  3x3 convolution of 2x2 maps, with which a VGG ends, as one matrix product, 1.04.
+The time of a training step without each form (VGG-8, batch 64, two CPU cores):
+- circuit, 2.07: I_EE - I_sub = (W_EE - W_EI W_IE) * x, for s_I is linear in x: one kernel with a sign for two products,
+  one convolution for both populations; of it the division 1.32, and 2x2 maps, with which a VGG ends, 1.04.
 - layer, 1.18: a still image passes the first circuit once, not T times; in BN-SNN, 1.18: channels last in memory.
-- LIF, 1.08: one loop over time, its backward pass written out; only u is kept for it.
-- pooling, 1.00: it does not keep the spikes for the backward pass, a quarter of the memory.
+- LIF, 1.08: only u is kept for the backward pass. Pooling, 1.00: the spikes are not kept, a quarter of the memory.
 """
 
 import ast
@@ -41,9 +39,6 @@ def first_derivative_only(backward):
         return backward(ctx, *grads)
 
     return staticmethod(checked)
-
-
-# ---- the LIF neuron --------------------------------------------------------------------------------------------------
 
 
 class _LIF(torch.autograd.Function):
@@ -80,9 +75,6 @@ class _LIF(torch.autograd.Function):
 class FastLIF(LIF):
     def forward(self, current):
         return _LIF.apply(current, self.tau, self.threshold, self.alpha)
-
-
-# ---- the circuit -----------------------------------------------------------------------------------------------------
 
 
 class _GainControl(torch.autograd.Function):
@@ -160,8 +152,6 @@ FastDANNCircuit = type("FastDANNCircuit", (DANNCircuit, FastCircuit), {})
 FastDANNCircuit2d = type("FastDANNCircuit2d", (DANNCircuit2d, FastCircuit2d), {})
 
 
-# ---- layers and networks ---------------------------------------------------------------------------------------------
-
 STEADY = (FastCircuit, nn.Conv2d, nn.Linear)  # what gives the same current for the same image at each time step
 
 
@@ -209,7 +199,6 @@ class Bfloat16Network(Network):
 FORMS = {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgPool: FastAvgPool, Layer: FastLayer}
 FORMS |= {DANNCircuit: FastDANNCircuit, DANNCircuit2d: FastDANNCircuit2d}
 
-# ---- which text is fused ---------------------------------------------------------------------------------------------
 
 # A checksum of each function that a fused form stands for. After a change of one, tests/test_fast.py says the new one:
 # put it here when the other tests of that file have shown that plain and fused are equal.
@@ -335,7 +324,6 @@ def edited(module):
 
 def accelerate(model, batch=None, precision="float32"):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
-
     model: a network of `model.build` on its device, changed in place; parameters, names and random numbers stay.
     batch: not looked at. precision: "bf16" for convolutions and matrix products in bfloat16.
 
@@ -357,9 +345,6 @@ def accelerate(model, batch=None, precision="float32"):
     if precision == "bf16" and type(model) is Network:
         model.__class__ = Bfloat16Network
     return differing
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def keep_memory(keep=True):

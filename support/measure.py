@@ -10,7 +10,7 @@ from torch import nn
 
 from baselines import DANN
 from inhibition import EICircuit
-from model import circuits, layers
+from model import layers
 from support import data, parallel
 
 
@@ -145,12 +145,6 @@ def population(model):
     return sum(row["neurons_e"] for row in rows), sum(row["neurons_i"] for row in rows)
 
 
-def describe(model):
-    """The size of a network in words."""
-    n_e, n_i, n_weights = *population(model), sum(p.numel() for p in model.parameters())
-    return f"{n_e:,} excitatory and {n_i:,} inhibitory neurons, {n_weights:,} parameters"
-
-
 def header(config, dataset, model, device):
     """Says what runs: device, data, network and its size, and every setting."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -159,7 +153,9 @@ def header(config, dataset, model, device):
     print(f"device    {device} ({name})")
     print(f"data      {config['data']}: {n_training:,} training, {n_test:,} test samples of {size}")
     print(f"augment   {dataset.augment_name}")
-    print(f"network   {config['arch']} {config['kind']}: {describe(model)}")
+    n_e, n_i, n_weights = *population(model), sum(p.numel() for p in model.parameters())
+    sizes = f"{n_e:,} excitatory and {n_i:,} inhibitory neurons, {n_weights:,} parameters"
+    print(f"network   {config['arch']} {config['kind']}: {sizes}")
     print("settings ", *values, flush=True)
 
 
@@ -191,19 +187,4 @@ def histograms(model, x):
     """How I_int and the membrane potential of each layer are distributed on x: a list of dicts of counts."""
     found = []
     observe(model, x, lambda i, current, u, spikes: found.append(dict(i_int=histogram(current), u=histogram(u))))
-    return found
-
-
-@torch.no_grad()
-def currents_of(model, x, index):
-    """The currents of one circuit, each (T, B, ...), for an input x of the network."""
-    found = {}
-
-    def record(circuit, args):
-        for name, values in circuit.currents(args[0]).items():
-            values = values.unflatten(0, (-1, len(x)))  # (T, B, ...); a still image may pass the first circuit once
-            found[name] = values.expand(model.T, *values.shape[1:])
-
-    with hooked(model, [circuits(model)[index].register_forward_pre_hook(record)]):
-        model(x)
     return found

@@ -95,9 +95,7 @@ class Progress:
 
     def batches(self, epoch):
         """The steps that are left of an epoch: the number of the step, and its input and labels, on the device.
-
-        Reading a number waits for a GPU, so it happens once in 20 steps there.
-        """
+        Reading a number waits for a GPU, so it happens once in 20 steps there."""
         read_every = 1 if self.sums.is_cpu else 20
         order = data.epoch_order(self.config, self.dataset, epoch)
         first, self.start, self.spent = self.step % len(order), time.perf_counter() - self.spent, 0.0

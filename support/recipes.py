@@ -77,11 +77,8 @@ def table():
 
 
 def settings(args):
-    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind.
-
-    Raises:
-        ValueError: an option that this kind of network does not have, or a schedule that cannot be.
-    """
+    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind. An
+    option that this kind of network does not have, or a schedule that cannot be, is a ValueError."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
     config = WHAT | {k: given[k] for k in WHAT if k in given}
     kind = config["kind"]
@@ -97,9 +94,6 @@ def settings(args):
         epochs = f"{config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}"
         raise ValueError(f"a warm-up of {epochs}: give fewer --warmup-epochs or more --epochs")
     return config
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -225,9 +219,6 @@ def run_name(config):
     parts += [f"{k.replace('_', '')}{config[k]:g}" for k in NEURONS if k != "width" and config[k] != NEURONS[k]]
     parts += [config["precision"]] * (config["precision"] != "float32")
     return "-".join([*parts, f"seed{config['seed']}"])
-
-
-# ---- how a command ends ----------------------------------------------------------------------------------------------
 
 
 class Forgiving:

@@ -9,15 +9,13 @@
     result.json         the outcome, when the run has ended
     .lock               held by the process that trains; the system frees it when that process ends, however it ends
 
-Every file is written under another name and then renamed, so at any moment it is either the old or the new one, whole.
-Ctrl-C, SIGTERM and a closed terminal lose nothing. A power cut or kill -9 loses the epoch in progress: the training
-goes on from the end of the one before. Random numbers come from generators seeded by (seed, step), so on a CPU a
-resumed run ends with the same bits as one that was never stopped.
+Every file is written under another name and then renamed, so it is the old or the new one, whole. Ctrl-C, SIGTERM and a
+closed terminal lose nothing. A power cut or kill -9 loses the epoch in progress. Random numbers come from generators
+seeded by (seed, step), so on a CPU a resumed run ends with the same bits as one that was never stopped.
 """
 
 import ast
 import csv
-import hashlib
 import io
 import json
 import os
@@ -35,7 +33,7 @@ from filelock import FileLock, Timeout
 import ei_init
 import model as networks
 from support import data, parallel, recipes
-from support.fast import normal_form
+from support.fast import checksum
 from support.measure import BINS
 from support.recipes import FULL, LACKS, WHAT
 
@@ -74,10 +72,8 @@ def equations():
     found = {}
     for name in ("lif.py", "ei_prop.py", "inhibition.py", "ei_init.py", "baselines.py", "model.py"):
         tree = ast.parse(Path(networks.__file__).with_name(name).read_text(encoding="utf-8"))
-        for node in [tree, *tree.body]:
-            if isinstance(node, ast.Module | ast.ClassDef):  # `normal_form` leaves out those of functions
-                node.body = [part for part in node.body if not isinstance(part, ast.Expr | ast.If)]
-        found[name] = hashlib.sha256(repr(normal_form(tree)).encode()).hexdigest()[:12]
+        tree.body = [part for part in tree.body if not isinstance(part, ast.If)]  # if __name__ == "__main__"
+        found[name] = checksum(tree)
     return found
 
 
@@ -85,11 +81,8 @@ class Run:
     """A run folder. `create` makes a new one and `resume` goes on with one: both keep it from other processes until
     `close`. `Run(folder)` alone reads, also while another process trains.
 
-    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`).
-    after_epoch: a function of the history, called after each epoch, or None.
-
-    Raises:
-        ValueError, OSError: no such run, or one that is damaged or in use.
+    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`). after_epoch: a
+    function of the history, called after each epoch, or None. ValueError, OSError: no such run, or a damaged one.
     """
 
     def __init__(self, folder, config=None):
@@ -213,10 +206,7 @@ class Run:
 
     def load(self, name=CHECKPOINT):
         """What is in checkpoint.pt, or in the one before if that is damaged; or in best.pt. Tensors are on the CPU.
-
-        Raises:
-            ValueError: no such file is intact, or it is of something else. Nothing in it is executed.
-        """
+        ValueError: no such file is intact, or it is of something else. Nothing in it is executed."""
         path = self.folder / name
         try:
             with zipfile.ZipFile(path) as archive:
@@ -323,8 +313,6 @@ def outcome(accuracies, chance, nonfinite=False):
         low -= 1
     return f"collapsed (epoch {low + 1})" if low < len(accuracies) or nonfinite else "converged"
 
-
-# ---- reading runs ----------------------------------------------------------------------------------------------------
 
 # Settings of which each kind of network has its own.
 OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")

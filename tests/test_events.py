@@ -1,8 +1,5 @@
-"""Event cameras: recordings in the files that tonic reads -> frames -> a network that learns motion from them.
-
-DVS-Gesture's are `.npy` arrays, as its distribution has them; CIFAR10-DVS's are AEDAT4 files, written by the library of
-the camera's maker. What needs tonic, or that library (dv-processing), is skipped where it is not installed.
-"""
+"""Event cameras: recordings -> frames -> a network. DVS-Gesture's files are `.npy`, CIFAR10-DVS's are AEDAT4, written by
+dv-processing. What needs that or tonic is skipped where it is not installed."""
 
 import csv
 import sys

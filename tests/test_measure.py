@@ -15,8 +15,8 @@ from lif import LIF, Spike
 from model import build, circuits, layers
 from support import data, measure
 from support.fast import accelerate
-from support.measure import costs, currents_of, evaluate, first_nonfinite, histogram, observe, population
-from visualize import contrast_response, stabilization
+from support.measure import costs, evaluate, first_nonfinite, histogram, observe, population
+from visualize import contrast_response, currents_of, stabilization
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
 SIZES = [(16, 32), (16, 16), (32, 8), (32, 4), (32, 2)]  # maps of its layers, and their side in pixels
@@ -54,7 +54,6 @@ def test_population_counts_neurons_by_hand():
     e, i = sum(n * s * s for n, s in SIZES) + 10, sum(n // 4 * s * s for n, s in SIZES) + 2
     assert population(model) == population(build("vgg8", plan=NARROW).double()) == (e, i)
     assert population(build("vgg8", plan=NARROW, kind="bn")) == (e, 0)
-    assert measure.describe(model).startswith(f"{e:,} excitatory and {i:,} inhibitory neurons, ")
     assert len(costs(build("resnet18", T=1, width=0.1), torch.rand(2, 3, 32, 32))) == 21
 
 

@@ -156,7 +156,7 @@ def test_balance(suite):
     row = next(row for row in rows if row["when"] == "after training" and row["step"] == "1")
     dataset, net = trained(suite)
     image = data.to_input(dataset.test_x[3 * int(row["image"])])[None]  # 14 of 40 are looked at
-    found = measure.currents_of(net, image, 1)["i_ee"][0, 0, int(row["neuron"]), 8, 8]
+    found = visualize.currents_of(net, image, 1)["i_ee"][0, 0, int(row["neuron"]), 8, 8]
     assert float(row["i_ee"]) == pytest.approx(found.item(), rel=1e-4)
     dense = torch.rand(4, 2, 7)
     assert visualize.middle(dense) is dense
