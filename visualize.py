@@ -430,18 +430,19 @@ def command(argv):
     if args.runs != "runs" and not Path(args.runs).is_dir():
         raise ValueError(f"there is no folder {args.runs}")
     args.out = args.out or Path(args.runs if stored.holds_run(args.runs) else ".", "figures")
-    runs = stored.Runs(args)
+    runs, status = stored.Runs(args), 2
     for name in FIGURES if args.figure == "all" else [args.figure]:
         try:
             with matplotlib.rc_context(plots.STYLE), torch.random.fork_rng():
                 torch.manual_seed(0)
                 FIGURES[name](args, runs)
             print(f"{name}: {args.out / name}.png, .pdf, .csv")
+            status = 0
         except (ValueError, OSError) as error:
             if args.figure != "all":
                 raise
             print(f"{name}: not drawn. {' '.join(str(error).split())}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

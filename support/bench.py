@@ -89,7 +89,7 @@ def measure(contenders, seconds, device):
 
 
 def show(contenders, times, device):
-    """Prints a line for each form. A ratio from few rounds says little."""
+    """Prints a line for each form; no ratio from fewer than five rounds, which says little."""
     rounds = len(times["fast", "train"])
     print(f"{rounds} rounds: median (fastest to slowest) in ms, ratio to fast, peak memory of a training step in MiB\n")
     print(f"{'':10}{'training step':>30}{'ratio':>7}{'forward':>30}{'ratio':>7}{'memory':>8}")
@@ -97,8 +97,8 @@ def show(contenders, times, device):
         cells = f"{name:10}"
         for kind in ("train", "forward"):
             ms, fast = times[name, kind], times["fast", kind]
-            ratio = median(a / b for a, b in zip(ms, fast, strict=True))
-            cells += f"{f'{median(ms):.4g} ({min(ms):.4g} to {max(ms):.4g})':>30}{ratio:7.2f}"
+            ratio = f"{median(a / b for a, b in zip(ms, fast, strict=True)):.2f}" if rounds >= 5 else ""
+            cells += f"{f'{median(ms):.4g} ({min(ms):.4g} to {max(ms):.4g})':>30}{ratio:>7}"
         contender.optimizer.zero_grad()  # so that the step makes what it frees
         print(f"{cells}{peak_memory(contender.train, device):8.0f}", flush=True)
 

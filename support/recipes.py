@@ -262,7 +262,7 @@ def status(command, rank="0"):
             said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
         elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
             raise  # an error of the program
-        print("error:" if rank == "0" else f"process {rank}:", said, file=sys.stderr)
+        sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:
         sys.stdout.flush()

@@ -340,7 +340,7 @@ ODD = dict(  # points, and what stands at the end of the files
 )
 if sys.platform == "linux":
     ODD["leaves"] = (100, dict(a1=LEAVES))
-    ODD["takes"] = (97, dict(a2="def clamp_dale(p):\n    x = []\n    while True:\n        x.append(torch.ones(10**8))"))
+    ODD["takes"] = (97, dict(a2="def clamp_dale(p):\n    x = []\n    while True:\n        x.append(torch.ones(10**9))"))
 
 
 def test_grade(tmp_path, monkeypatch):

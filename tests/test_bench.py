@@ -33,7 +33,7 @@ def test_a_run_prints_every_form(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("vgg8, batch 4, T = 2, cpu, ") and lines[1].startswith("1 rounds: median")
     assert [line.split()[0] for line in lines[4:8]] == ["plain", "fast", "bn", "dann"]
-    assert all(int(line.split()[-1]) >= 1 for line in lines[4:8]) and lines[5].split().count("1.00") == 2
+    assert all(int(line.split()[-1]) >= 1 for line in lines[4:8]) and "1.00" not in lines[5]
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios(capsys):

@@ -1,5 +1,5 @@
-"""Event cameras: recordings -> frames -> a network. DVS-Gesture's files are `.npy`, CIFAR10-DVS's are AEDAT4, written by
-dv-processing. What needs that or tonic is skipped where it is not installed."""
+"""Event cameras: recordings -> frames -> a network. DVS-Gesture's files are `.npy`, CIFAR10-DVS's are AEDAT4, written
+by dv-processing. What needs that or tonic is skipped where it is not installed."""
 
 import csv
 import sys

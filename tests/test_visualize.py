@@ -197,7 +197,7 @@ def test_stabilizer(suite, capsys):
     config = Run(run_of(suite)).config
     order = data.epoch_order(config, dataset, 0)
     batches = [data.training_batch(config, dataset, chosen, i) for i, chosen in enumerate(order)]
-    expected = measure.stabilization(net, batches, {"adaptive": ("adaptive", True)})[1]
+    expected = visualize.stabilization(net, batches, {"adaptive": ("adaptive", True)})[1]
     for name, value in dict(zeros=expected["zeros"], gradient_norm=expected["adaptive"]).items():
         found = found_in(rows, name, when="after training", layer="2", variant="adaptive")
         assert found == pytest.approx([value], rel=1e-4) and value > 0
