@@ -39,7 +39,7 @@ def evaluate(model, x, y, batch_size=100):
 
     def count_spikes(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
         if threading.get_ident() == thread:  # another thread may test the same network
-            sums[2 + i] += spikes.mean() * spikes.shape[1]
+            sums[2 + i] += spikes.float().mean() * spikes.shape[1]
 
     parallel.same_buffers(model)
     batches = zip(parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True)
@@ -101,9 +101,10 @@ def costs(model, x):
             local = sum(lateral) + (0 if module.readout else twice + module.n_i + 2 * n_e)
         spiking = bool(rows) and not isinstance(module, DANN)
         images = len(args[0]) if not rows and x.dim() == 4 else len(x)  # a still image counts once in the first layer
-        active = args[0] if spiking else torch.ones_like(args[0])
+        active = args[0].to(weight.dtype) if spiking else torch.ones_like(args[0])
         if weight.dim() == 4:  # how much activity reaches each position
-            active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
+            with torch.autocast(x.device.type, enabled=False):
+                active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
         synaptic = active.flatten(1).sum(1).cpu().double().sum().item() * (n_e + n_i) / images
         row = dict(layer="readout" if module is model.readout else str(len(rows) + 1), firing_rate=None)
         row["accumulates"] = synaptic if spiking else 0.0
@@ -114,7 +115,7 @@ def costs(model, x):
         rows.append(row | dict(neurons_e=out[0].numel(), neurons_i=n_i * out[0].numel() // n_e))
 
     def fire(layer, args, spikes):
-        rows[-1]["firing_rate"] = spikes.mean().item()
+        rows[-1]["firing_rate"] = spikes.float().mean().item()
 
     counted = [*(layer.circuit for layer in layers(model)), model.readout]
     hooks = [module.register_forward_hook(count) for module in counted]

@@ -221,7 +221,7 @@ def command(args, device):
     with contextlib.closing(run):
         header(config, dataset, model, device)
         if not args.plain:
-            accelerate(model, precision=config["precision"])
+            accelerate(model)
         _, accuracy, _ = evaluate(model, dataset.test_x, dataset.test_y)
         run.data = data.identity(dataset)
         run.keep_best(model, 0, accuracy)

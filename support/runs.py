@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 import ei_init
 import model as networks
 from support import data, parallel, recipes
-from support.fast import checksum
+from support.fast import checksum, use_bfloat16
 from support.measure import BINS
 from support.recipes import FULL, LACKS, WHAT
 
@@ -290,7 +290,10 @@ def load_data_and_model(config, device):
     names = ("T", "image_size", "width", *networks.NEURON_OPTIONS, *networks.CIRCUIT_OPTIONS["ei"])
     options = {name: config[name] for name in names} | dict(kind=config["kind"], plan=recipes.plan_of(config))
     model = networks.build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
-    return dataset, model.to(device)
+    model.to(device)
+    if config["precision"] == "bf16":
+        use_bfloat16(model)
+    return dataset, model
 
 
 def prepare(config, dataset, model):
