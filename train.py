@@ -8,13 +8,14 @@ import argparse
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from inhibition import clamp_dale
 from support import data, official, parallel, recipes
-from support.fast import accelerate, keep_memory
+from support.fast import Recorded, accelerate, keep_memory
 from support.measure import cost_table, evaluate, header
 from support.progress import Progress
 from support.runs import Run, differing, load_data_and_model, prepare, restore
@@ -45,6 +46,9 @@ def guard_gradients(loss, model):
 
 def train_step(network, optimizer, x, y, clip_norm=0.0):
     """One step of training: forward, backward, and Dale's law.
+
+    On a GPU its operations are recorded once and then repeated (`support.fast.Recorded`): what changes from step to step
+    must be a tensor there. `--plain` records nothing.
 
     Args:
         x: images (B, C, H, W) or frames (B, T, C, H, W), intensities >= 0.
@@ -89,13 +93,16 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
     network = parallel.wrap(model)
+    take_step = partial(train_step, network, optimizer, clip_norm=config["clip_norm"])
+    if dataset.train_x.is_cuda and parallel.world() == 1 and not plain:
+        take_step = Recorded(take_step, model, optimizer)  # the same, started once for all its operations
 
     for epoch in progress.epochs():
         for step, x, y in progress.batches(epoch):
             lr = learning_rate(config, step, progress.steps_per_epoch)
             for group, rate in zip(optimizer.param_groups, progress.rates, strict=True):
                 group["lr"] = lr * (rate / config["lr"])  # each group in proportion to its own rate
-            progress.count(*train_step(network, optimizer, x, y, config["clip_norm"]))
+            progress.count(*take_step(x, y))
 
         if progress.interrupted:
             break

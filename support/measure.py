@@ -33,6 +33,7 @@ def hooked(model, hooks, training=False):
 def evaluate(model, x, y, batch_size=100):
     """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them. Returns mean
     loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
+    batch_size = batch_size if x.is_cpu else 1000  # a GPU is the faster the fewer operations it has to start
     batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
     thread = threading.get_ident()
