@@ -8,7 +8,6 @@ import argparse
 import math
 import os
 import sys
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ def guard_gradients(loss, model):
 def train_step(network, optimizer, x, y, clip_norm=0.0):
     """One step of training: forward, backward, and Dale's law.
 
-    On a GPU its operations are recorded once and then repeated (`support.fast.Recorded`): what changes from step to step
+    On a GPU its operations are recorded and then repeated (`support.fast.Recorded`), so what changes from step to step
     must be a tensor there. `--plain` records nothing.
 
     Args:
@@ -93,16 +92,15 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
     network = parallel.wrap(model)
-    take_step = partial(train_step, network, optimizer, clip_norm=config["clip_norm"])
-    if dataset.train_x.is_cuda and parallel.world() == 1 and not plain:
-        take_step = Recorded(take_step, model, optimizer)  # the same, started once for all its operations
+    alone_on_gpu = dataset.train_x.is_cuda and parallel.world() == 1
+    take_step = Recorded(train_step) if alone_on_gpu and not plain else train_step  # the same, in one CUDA graph
 
     for epoch in progress.epochs():
         for step, x, y in progress.batches(epoch):
             lr = learning_rate(config, step, progress.steps_per_epoch)
             for group, rate in zip(optimizer.param_groups, progress.rates, strict=True):
                 group["lr"] = lr * (rate / config["lr"])  # each group in proportion to its own rate
-            progress.count(*take_step(x, y))
+            progress.count(*take_step(network, optimizer, x, y, config["clip_norm"]))
 
         if progress.interrupted:
             break

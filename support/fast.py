@@ -362,59 +362,53 @@ def accelerate(model, batch=None):
 class Recorded:
     """A training step of which CUDA keeps one graph: Python then starts the step, and not each of its 400 operations.
 
-    step(x, y) -> tensors: trains `model` by `optimizer` on a GPU and reads no number there. The first calls run it as
-    it is, for the optimizer makes its state in them. Then it is recorded, and both ways are run from the same state on
-    the same batch. Where they differ, or recording fails, one line says so, and the step goes on as it is. The
-    optimizer's learning rates stay numbers; at each call they are copied to where the graph reads them.
+    step(network, optimizer, x, y, *more) -> tensors: it trains on a GPU and reads no number there. The first calls run
+    it as it is, for the optimizer makes its state in them. Then it is recorded, and both ways are run from the same
+    state on the same batch. Where they differ, or recording fails, one line says so, and the step goes on as it is.
+    The optimizer's learning rates stay numbers; at each call they are copied to where the graph reads them.
     """
 
     EAGER_CALLS = 3
 
-    def __init__(self, step, model, optimizer):
-        self.step, self.model, self.optimizer = step, model, optimizer
-        self.graph, self.calls = None, 0
+    def __init__(self, step):
+        self.step, self.graph, self.calls = step, None, 0
 
-    def __call__(self, x, y):
+    def __call__(self, network, optimizer, x, y, *more):
         self.calls += 1
         if self.calls == self.EAGER_CALLS + 1:
-            return self.record(x, y)
+            return self.record(network, optimizer, x, y, *more)
         if self.graph is None or x.shape != self.x.shape:
-            return self.step(x, y)
-        return self.replay(x, y)
+            return self.step(network, optimizer, x, y, *more)
+        return self.replay(optimizer, x, y)
 
-    def state(self):
-        """All that a step changes: parameters, running statistics, momentum."""
-        of_optimizer = [v for values in self.optimizer.state.values() for v in values.values()]
-        return [*self.model.parameters(), *self.model.buffers(), *filter(torch.is_tensor, of_optimizer)]
-
-    def replay(self, x, y):
+    def replay(self, optimizer, x, y):
         self.x.copy_(x)
         self.y.copy_(y)
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+        for rate, group in zip(self.rates, optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self.graph.replay()
         return [value.clone() for value in self.out]  # the next replay writes to the same place
 
     @torch.no_grad()
-    def record(self, x, y):
+    def record(self, network, optimizer, x, y, *more):
         """Runs the step, records it, and compares. Returns what the step gives."""
-        state = self.state()
+        # All that a step changes: parameters, running statistics, momentum.
+        of_optimizer = [value for values in optimizer.state.values() for value in values.values()]
+        state = [*network.parameters(), *network.buffers(), *filter(torch.is_tensor, of_optimizer)]
         before = [value.clone() for value in state]
         with torch.enable_grad():
-            out = self.step(x, y)
+            out = self.step(network, optimizer, x, y, *more)
         after = [value.clone() for value in state]
-        lr = [group["lr"] for group in self.optimizer.param_groups]
+        lr = [group["lr"] for group in optimizer.param_groups]
         self.x, self.y, self.rates = x.clone(), y.clone(), [torch.tensor(float(rate)).to(x.device) for rate in lr]
         try:
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate
+            set_rates(optimizer, self.rates)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph), torch.enable_grad():
-                self.out = self.step(self.x, self.y)
-            for group, rate in zip(self.optimizer.param_groups, lr, strict=True):
-                group["lr"] = rate
+                self.out = self.step(network, optimizer, self.x, self.y, *more)
+            set_rates(optimizer, lr)
             torch._foreach_copy_(state, before)
-            found = self.replay(x, y)
+            found = self.replay(optimizer, x, y)
             pairs = [*zip(found, out, strict=True), *zip(state, after, strict=True)]
             if all((a.double() - b.double()).norm() <= 1e-3 * b.double().norm() for a, b in pairs):
                 return found
@@ -423,10 +417,15 @@ class Recorded:
             reason = str(error).strip().partition("\n")[0]
         print(f"the training step is not recorded as a CUDA graph ({reason}), so it runs operation by operation")
         self.graph = None
-        for group, rate in zip(self.optimizer.param_groups, lr, strict=True):
-            group["lr"] = rate
+        set_rates(optimizer, lr)
         torch._foreach_copy_(state, after)
         return out
+
+
+def set_rates(optimizer, rates):
+    """Gives each group of parameters its learning rate."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def keep_memory(keep=True):

@@ -169,12 +169,11 @@ def trained(recorded, device="cpu", steps=8):
     initialize(model, x[0])
     accelerate(model)
     optimizer = torch.optim.SGD([dict(params=[p], lr=0.1) for p in model.parameters()], momentum=0.9, fused=True)
-    step = functools.partial(train_step, model, optimizer, clip_norm=1.0)
-    step, gave = recorded(step, model, optimizer), []
+    step, gave = recorded(train_step), []
     for i in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * (i + 1)
-        gave += [value.clone() for value in step(x[i], y[i])]
+        gave += [value.clone() for value in step(model, optimizer, x[i], y[i], 1.0)]
     assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
     return [*model.parameters(), *gave]
 
@@ -184,20 +183,24 @@ class Emulated(Recorded):
 
     fault = ""
 
+    def record(self, network, optimizer, x, y, *more):
+        self.optimizer, self.run = optimizer, lambda: self.step(network, optimizer, self.x, self.y, *more)
+        self.state = [*network.parameters(), *(value["momentum_buffer"] for value in optimizer.state.values())]
+        return super().record(network, optimizer, x, y, *more)
+
     @contextlib.contextmanager
     def recording(self, graph):
         assert all(type(group["lr"]) is torch.Tensor for group in self.optimizer.param_groups)
-        before = [value.clone() for value in self.state()]
+        before = [value.clone() for value in self.state]
         yield
-        torch._foreach_copy_(self.state(), before)
+        torch._foreach_copy_(self.state, before)
         if self.fault == "error":
             raise RuntimeError("operation not permitted\nmore")
 
     def play(self):
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate.item() * (1.5 if self.fault == "other" else 1)
+        fast.set_rates(self.optimizer, [rate.item() * (1.5 if self.fault == "other" else 1) for rate in self.rates])
         with torch.enable_grad():
-            torch._foreach_copy_(self.out, list(self.step(self.x, self.y)))
+            torch._foreach_copy_(self.out, list(self.run()))
 
 
 @pytest.mark.parametrize(
@@ -206,14 +209,14 @@ class Emulated(Recorded):
 def test_a_recorded_step_is_the_step(fault, said, monkeypatch, capsys):
     made = []
 
-    def recorded(*args):
-        made.append(Emulated(*args))
+    def recorded(step):
+        made.append(Emulated(step))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=made[0].play))
         monkeypatch.setattr(torch.cuda, "graph", made[0].recording)
         return made[0]
 
     monkeypatch.setattr(Emulated, "fault", fault)
-    for found, wanted in zip(trained(recorded), trained(lambda step, *_: step), strict=True):
+    for found, wanted in zip(trained(recorded), trained(lambda step: step), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     out = capsys.readouterr().out
     assert said in out and out.count("\n") == bool(said) and (made[0].graph is None) == bool(said)
@@ -221,7 +224,7 @@ def test_a_recorded_step_is_the_step(fault, said, monkeypatch, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recorded_step_on_a_gpu(capsys):
-    for found, wanted in zip(trained(Recorded, "cuda"), trained(lambda step, *_: step, "cuda"), strict=True):
+    for found, wanted in zip(trained(Recorded, "cuda"), trained(lambda step: step, "cuda"), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     assert not capsys.readouterr().out
 

@@ -193,9 +193,9 @@ def adamw(parameters, **_):
 def test_stopped_and_resumed_ends_with_the_same_bits(what, tmp_path, monkeypatch, capsys):
     arguments, rates, original = [*TINY, "--kind", what.replace("adamw", "ei")], [], train.train_step
 
-    def note(network, optimizer, *rest, **options):
+    def note(network, optimizer, *rest):
         rates.append([group["lr"] for group in optimizer.param_groups])
-        return original(network, optimizer, *rest, **options)
+        return original(network, optimizer, *rest)
 
     monkeypatch.setattr(train, "train_step", note)
     if what == "adamw":
