@@ -198,10 +198,9 @@ def test_gesture_crops():
 
 
 def test_one_of_roll_rotation_and_cutout(monkeypatch):
-    pixels = torch.arange(48)
-    whole = (pixels.expand(300, -1),) * 2  # no crop, no flip, so that the other is seen alone
-    monkeypatch.setattr(augment, "_crop_and_flip", lambda x, generator, smallest: whole)
-    place = torch.stack(torch.meshgrid(pixels, pixels, indexing="ij"))
+    # no crop, no flip, so that the other is seen alone
+    monkeypatch.setattr(augment, "augment_gesture", lambda x, generator, smallest: x.clone())
+    place = torch.stack(torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij"))
     rolls, angles, holes = [], [], []
     for sample in augmented(augment.augment_cifar10_dvs, 300) - 1:
         lost = (sample < 0).all(0)
@@ -219,7 +218,7 @@ def test_one_of_roll_rotation_and_cutout(monkeypatch):
             cross, dot = (seen[0] * came_from[1] - seen[1] * came_from[0]).sum(), (seen * came_from).sum()
             angle = torch.atan2(cross, dot)
             turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
-            assert (turn @ seen - came_from).abs().max() < 0.6  # half a pixel, and the error of the angle
+            assert (turn @ seen - came_from).abs().max() < 0.8  # half a pixel, and the error of the angle
             assert ((turn @ (place[:, lost] - 23.5)).abs().amax(0) > 23.4).all()  # dark only past the edge
             angles.append(angle.rad2deg().item())
     assert all(0.25 < len(kind) / 300 < 0.42 for kind in (rolls, angles, holes))
