@@ -101,7 +101,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, allow_abbrev=False)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
 
     def error(self, message):
         raise ValueError(message)
@@ -122,7 +121,6 @@ TINY, HUGE = 1e-30, 1e30  # what float32 can hold, and its square nearly
 count = partial(number, int, 1, 10**6, "a whole number of at least 1 and at most a million")
 positive = partial(number, float, TINY, HUGE, "a positive number")
 non_negative = partial(number, float, 0, HUGE, "a number of at least 0")
-at_least_1 = partial(number, float, 1, HUGE, "a number of at least 1")
 whole = partial(number, int, 0, 2**31 - 1, "a whole number of at least 0 and below 2^31")
 times = partial(number, float, 0.001, 100, "a number from 0.001 to 100")
 
@@ -141,15 +139,13 @@ def folder(text):
 
 def layer_sizes(text):
     """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
-    words = re.findall(r"[^\s,-]+", text)
-    if not all(word == "P" or (re.fullmatch("[0-9]+", word) and 0 < int(word) <= 10**6) for word in words):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no list of layer sizes and P")
-    return "-".join(words)
+    return "-".join(re.findall(r"[^\s,-]+", text))
 
 
 def plan_of(config):
-    """The plan of a run's settings as `model.build` takes it."""
-    return [word if word == "P" else int(word) for word in config["plan"].split("-")] if config["plan"] else None
+    """The plan of a run's settings as `model.build` takes it, which refuses other words than P."""
+    words = config["plan"].split("-") if config["plan"] else []
+    return [int(word) if word.isdecimal() else word for word in words] or None
 
 
 def add_settings(p):
@@ -158,7 +154,6 @@ def add_settings(p):
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
     p.add_argument("--plan", type=layer_sizes, help='other layers, e.g. "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
-    p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     names = ["auto", *AUGMENTATIONS]
@@ -166,7 +161,7 @@ def add_settings(p):
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
     p.add_argument("--width", type=times, help="multiplies the number of maps of each layer (1)")
     p.add_argument("--ei-ratio", type=count, help="excitatory neurons for each inhibitory one (4)")
-    p.add_argument("--tau", type=at_least_1, help="membrane time constant, in time steps (2)")
+    p.add_argument("--tau", type=positive, help="membrane time constant, in time steps (2)")
     p.add_argument("--threshold", type=positive, help="theta of the LIF neurons (1)")
     p.add_argument("--alpha", type=positive, help="steepness of the surrogate gradient (4)")
     p.add_argument("--epochs", type=count, help="the warm-up is scaled with it")
@@ -232,16 +227,13 @@ class Forgiving:
     def write(self, text):
         try:
             self.stream.write(text)
-        except (OSError, ValueError):  # ValueError: it is closed
-            pass
-        return len(text)
-
-    def flush(self):
-        try:
             self.stream.flush()
         except (OSError, ValueError):  # what is left goes nowhere, or Python would complain at its end
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """Every `write` has done it."""
 
     def __getattr__(self, name):  # encoding, fileno, isatty, ...
         return getattr(self.stream, name)
@@ -265,8 +257,6 @@ def status(command, rank="0"):
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
