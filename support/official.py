@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -92,9 +93,7 @@ def read(path):
     """The tensors of their file, or of the one in a folder: a dict. "module." before names (DataParallel) is cut."""
     path, load_bytes = Path(path).expanduser(), package("safetensors.torch").load
     path = path / "model.safetensors" if path.is_dir() else path
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, which only names the file: get the file itself (git lfs pull)")
+    content = data.content_of(path)
     try:
         tensors = load_bytes(content)
     except Exception as error:  # the package's own exception is a plain one
@@ -122,29 +121,24 @@ def fill(model, tensors):
 
 def describe(tensors, image_size=32):
     """What `model.build` is to be told of a file's network. Its poolings are where the paper has them."""
-    ends = ("conv_ee.weight", "weight_ee")
-    w_ee = {name: tensor for name, tensor in tensors.items() if name.endswith(ends) and tensor.dim() in (2, 4)}
-    if "conv1.conv_ee.weight" in w_ee and "fc.weight_ee" in w_ee:
-        arch, plan, first, last = "resnet18", None, w_ee["conv1.conv_ee.weight"], w_ee["fc.weight_ee"]
-    elif len(w_ee) > 1 and all(name.split(".")[1].isdigit() for name in w_ee):
-        first, *between, last = [w_ee[name] for name in sorted(w_ee, key=lambda name: int(name.split(".")[1]))]
-        sizes, depths = (
-            [len(first), *map(len, between)],
-            {len(PLANS[f"vgg{n}"]) - 5: f"vgg{n}" for n in (8, 11, 16, 19)},
-        )
-        arch = "mlp" if first.dim() == 2 else depths.get(len(sizes))
-        if arch is None:
-            raise ValueError(f"{len(sizes)} convolutions are no E-I network of the authors")
-        left = iter(sizes)
-        plan = sizes if arch == "mlp" else [n if n == "P" else next(left) for n in PLANS[arch]]
-        plan = None if plan == PLANS[arch] else plan
+    names = [name for name in tensors if re.fullmatch(r"layers\.\d+\.(conv_ee\.weight|weight_ee)", name)]
+    names.sort(key=lambda name: int(name.split(".")[1]))
+    if "fc.weight_ee" in tensors:
+        arch, names = "resnet18", ["conv1.conv_ee.weight", "fc.weight_ee"]
+    elif len(names) > 1 and tensors[names[0]].dim() == 2:
+        arch = "mlp"
     else:
-        raise ValueError("there is no E-I network of the authors in it")
-    n_i = next((len(t) for n, t in tensors.items() if "_ie" in n and t.shape[1:] == first.shape[1:]), len(first))
+        arch = {6: "vgg8", 9: "vgg11", 14: "vgg16", 17: "vgg19"}.get(len(names))
+    if arch is None:
+        raise ValueError(f"{len(names)} layers are no E-I network of the authors")
+    first, *between, last = [tensors[name] for name in names]
+    sizes = iter([len(first), *map(len, between)])
+    plan = list(sizes) if arch == "mlp" else [n if n == "P" else next(sizes, n) for n in PLANS[arch]]
+    plan = None if plan == PLANS[arch] else plan
     channels = first.shape[1] // image_size**2 if arch == "mlp" else first.shape[1]
-    return dict(
-        arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=max(1, len(first) // max(1, n_i))
-    )
+    w_ei = max((tensor for name, tensor in tensors.items() if name.endswith("weight_ei")), key=len)  # (n_E, n_I)
+    ratio = w_ei.shape[0] // w_ei.shape[1]
+    return dict(arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=ratio)
 
 
 def load(path, arch=None, **options):
@@ -189,22 +183,19 @@ def fetch(name):
 
 def settings_of(folder, plan, args):
     """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
-    given = {key: value for key, value in vars(args).items() if value is not None}
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        arch, dataset = str(theirs.get("arch")).lower(), str(theirs.get("dataset")).lower()
-        said = dict(
-            arch=arch if arch == "mlp" else f"{arch}{theirs.get('num_layers')}", data=DATA.get(dataset, dataset)
-        )
+        arch, dataset = theirs["arch"].lower(), theirs["dataset"].lower()
+        said = dict(arch=arch if arch == "mlp" else f"{arch}{theirs['num_layers']}", data=DATA.get(dataset, dataset))
         neuron = NEURON | theirs.get("neuron", {})
-        said.update(tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
-        said.update(T=theirs.get("T"), ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
+        said.update(tau=float(neuron.pop("tau", 2)), threshold=float(neuron.pop("v_threshold", 1)))
+        said.update(T=theirs["T"], ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:
             raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
-        parsed = recipes.parse([f"--{key.replace('_', '-')}={given.get(key, said[key])}" for key in said])
     except Exception as error:  # a foreign file fails in many ways
         raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
-    return recipes.settings(argparse.Namespace(**vars(parsed) | given))
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return recipes.settings(argparse.Namespace(**said | given))
 
 
 def command(args, device):

@@ -96,6 +96,9 @@ def settings(args):
     return config
 
 
+SETTINGS = list(settings(argparse.Namespace()))  # their names
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are ValueErrors of one line."""
 
@@ -121,6 +124,7 @@ TINY, HUGE = 1e-30, 1e30  # what float32 can hold, and its square nearly
 count = partial(number, int, 1, 10**6, "a whole number of at least 1 and at most a million")
 positive = partial(number, float, TINY, HUGE, "a positive number")
 non_negative = partial(number, float, 0, HUGE, "a number of at least 0")
+at_least_1 = partial(number, float, 1, HUGE, "a number of at least 1")
 whole = partial(number, int, 0, 2**31 - 1, "a whole number of at least 0 and below 2^31")
 times = partial(number, float, 0.001, 100, "a number from 0.001 to 100")
 
@@ -161,7 +165,7 @@ def add_settings(p):
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
     p.add_argument("--width", type=times, help="multiplies the number of maps of each layer (1)")
     p.add_argument("--ei-ratio", type=count, help="excitatory neurons for each inhibitory one (4)")
-    p.add_argument("--tau", type=positive, help="membrane time constant, in time steps (2)")
+    p.add_argument("--tau", type=at_least_1, help="membrane time constant, in time steps (2)")
     p.add_argument("--threshold", type=positive, help="theta of the LIF neurons (1)")
     p.add_argument("--alpha", type=positive, help="steepness of the surrogate gradient (4)")
     p.add_argument("--epochs", type=count, help="the warm-up is scaled with it")

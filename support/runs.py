@@ -23,7 +23,6 @@ import time
 import zipfile
 from contextlib import suppress
 from itertools import count
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +96,7 @@ class Run:
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            self.equations = config.pop("equations", {})
+            self.equations = dict(config.pop("equations", {}))
             return checked(config)
         except Exception as error:  # a damaged file fails in many ways
             if not saved(self.folder):
@@ -111,8 +110,8 @@ class Run:
         first of folder-2, folder-3, ... that is free."""
         for n in count(1):
             run = cls(folder if n == 1 else f"{folder}-{n}", config)
+            run.folder.mkdir(parents=True, exist_ok=True)
             try:
-                run.folder.mkdir(parents=True, exist_ok=True)
                 run.lock()
                 if parallel.rank() or not holds_run(run.folder):
                     run.equations = equations()
@@ -122,8 +121,6 @@ class Run:
             except ValueError:
                 if not choose:
                     raise
-            except OSError as error:
-                raise OSError(f"cannot make the run folder {run.folder}: {error.strerror}") from None
 
     def lock(self):
         """Keeps the folder from other processes until `close`, or until the process is gone."""
@@ -166,8 +163,7 @@ class Run:
 
     def say_other_equations(self):
         """One line if the concept files are not those with which the run was begun, as far as it knows them."""
-        known = self.equations if isinstance(self.equations, dict) else {}
-        if other := [file for file, now in equations().items() if known.get(file, now) != now]:
+        if other := [file for file, now in equations().items() if self.equations.get(file, now) != now]:
             print(f"other equations than those with which {self.folder} was begun: {', '.join(other)} changed since")
 
     def _write(self, name, content, keep=None):
@@ -209,10 +205,10 @@ class Run:
         ValueError: no such file is intact, or it is of something else. Nothing in it is executed."""
         path = self.folder / name
         try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError("its checksum is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = data.content_of(path)
+            if zipfile.ZipFile(io.BytesIO(content)).testzip():
+                raise ValueError("its checksum is wrong")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             then = checked(state["config"])
             if ("optimizer" in state) == (name == BEST):
                 raise ValueError(f"it is no {name}")
@@ -221,12 +217,9 @@ class Run:
                     raise ValueError(f"it was saved with {key}={then[key]}, but config.json says {value}")
             return state
         except FileNotFoundError:
-            advice = f"; python train.py --resume {self.quoted} writes it after an epoch"
-            said = f"there is no {path}" + advice * (name == BEST and saved(self.folder))
+            said = f"there is no {path}: it is written after an epoch"
         except Exception as error:  # a foreign file fails in many ways
-            said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:200]})"
-            if path.read_bytes()[:100].startswith(b"version https://git-lfs"):
-                said = f"{path} is a Git LFS pointer, not the file itself: run git lfs pull"
+            said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:300]})"
         if name != CHECKPOINT or not (self.folder / PREVIOUS).exists():
             raise ValueError(said)
         print(f"{said}; the one before is used")
@@ -250,9 +243,8 @@ class Run:
 
 def checked(config):
     """These settings. They are not those of a run of this version of the program: a ValueError."""
-    odd = config.keys() ^ recipes.settings(recipes.parse([])).keys()
-    if odd or not isinstance(config["epochs"], int) or not isinstance(config["data_root"], str):
-        raise ValueError(f"damaged, or of another version: see its {min(odd, default='epochs and data_root')}")
+    if odd := config.keys() ^ recipes.SETTINGS:
+        raise ValueError(f"damaged, or of another version: see its {min(odd)}")
     return config
 
 
@@ -319,48 +311,39 @@ OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
 
 
 def read(run, name, take):
-    """take(what is in a CSV or JSON file of a run). One that is missing or damaged is a ValueError of one line."""
+    """take(the text of a file of a run). One that is missing or damaged is a ValueError of one line."""
     try:
-        with open(run.folder / name, encoding="utf-8") as file:
-            found = json.load(file) if name.endswith("json") else list(csv.DictReader(file))
-            if not found and file.tell():
-                raise ValueError("there is nothing in it")
-            return take(found)
-    except FileNotFoundError:
-        reason = f"{run.folder} has no {name}"
+        return take((run.folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # a damaged file fails in many ways
-        reason = f"{run.folder / name} is damaged ({type(error).__name__}: {error})"
-    again = f"python train.py --resume {run.quoted} writes it"
-    if not saved(run.folder):
-        again = "there is no checkpoint to write it again, or it has no history: its network was trained elsewhere"
-    raise ValueError(f"{reason}: {again}")
+        said = f"{run.folder / name} is missing or damaged ({type(error).__name__}: {error})"
+        raise ValueError(f"{said}: python train.py --resume {run.quoted} writes it from a checkpoint") from None
 
 
 def result_of(run):
     """What became of a run, in words, and its `metrics`."""
-    return read(run, "result.json", lambda result: result["outcome"].strip()), metrics(run)
+    return read(run, "result.json", lambda text: json.loads(text)["outcome"]), metrics(run)
 
 
 def metrics(run):
     """metrics.csv: a dict of numbers for each epoch. The list is empty if the first epoch was not finite."""
 
-    def numbers(row):
-        found = {key: float(row[key]) for key in ("train_loss", "test_loss", "test_accuracy")}
-        if not np.isfinite(list(found.values())).all():
-            raise ValueError("a number is not finite")
-        return dict(epoch=int(row["epoch"])) | found
+    def numbers(text):
+        rows, names = list(csv.DictReader(io.StringIO(text))), ("train_loss", "test_loss", "test_accuracy")
+        found = [dict(epoch=int(row["epoch"])) | {name: float(row[name]) for name in names} for row in rows]
+        if text and not (rows and np.isfinite([list(row.values()) for row in found]).all()):
+            raise ValueError("there is nothing in it, or a number is not finite")
+        return found
 
-    return read(run, "metrics.csv", lambda rows: [numbers(row) for row in rows])
+    return read(run, "metrics.csv", numbers)
 
 
 def histograms(run):
     """histograms.json as an array of counts: (epochs + 1, layers, 2, bins). The 2 are I_int and u."""
 
-    def counts(epochs):
-        found = np.array([list(map(itemgetter("i_int", "u"), layers)) for layers in epochs], dtype=float)
-        if found.shape[2:] != (2, BINS["n"]) or not np.isfinite(found).all():
-            raise ValueError("not the counts of this version")
-        return found
+    def counts(text):
+        epochs = json.loads(text)
+        found = [[(layer["i_int"], layer["u"]) for layer in layers] for layers in epochs]
+        return np.array(found, dtype=float).reshape(len(epochs), -1, 2, BINS["n"])
 
     return read(run, "histograms.json", counts)
 
@@ -369,8 +352,7 @@ def data_of(run):
     """What a run remembers of its data, see `data.identity`."""
     if not (run.folder / "result.json").exists():  # an epoch has ended, but not the training
         return run.load(BEST)["data"]
-    parts = ("classes", "shape", "train", "test")
-    return read(run, "result.json", lambda result: {part: result["data"][part] for part in parts})
+    return read(run, "result.json", lambda text: json.loads(text)["data"])
 
 
 def differing(run, other):
@@ -392,9 +374,7 @@ class Runs:
 
     def __init__(self, args):
         self.folder, self.found, one = Path(args.runs), [], holds_run(args.runs)
-        self.given = {
-            key: vars(args)[key] for key in recipes.settings(recipes.parse([])) if vars(args)[key] is not None
-        }
+        self.given = {key: vars(args)[key] for key in recipes.SETTINGS if vars(args)[key] is not None}
         root = self.given.pop("data_root", None)
         for path in [self.folder] if one else sorted(filter(holds_run, self.folder.glob("*/"))):
             try:
@@ -415,9 +395,7 @@ class Runs:
         fitting = [run for run in self.found if method.items() <= run.config.items()]
         if not fitting:
             said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
-            out = recipes.quoted(self.folder.parent if holds_run(self.folder) else self.folder)
-            how = f"python reproduce.py --out {out}, with the options of the others"
-            raise ValueError(f"{self.folder} has no run with {said}: {how}")
+            raise ValueError(f"{self.folder} has no run with {said}: reproduce.py trains it, with the others' options")
         best = max(fitting, key=lambda run: sum(run.config[key] == value for key, value in WHAT.items()))
         if len(fitting) > 1:
             print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
