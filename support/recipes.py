@@ -5,8 +5,6 @@ import contextlib
 import io
 import os
 import re
-import shlex
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -262,8 +260,3 @@ def status(command, rank="0"):
         return 2
     finally:
         sys.stdout, sys.stderr = before
-
-
-def quoted(path):
-    """A path as part of a command that is to be typed, in the shell at hand."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))

@@ -86,7 +86,7 @@ class Run:
 
     def __init__(self, folder, config=None):
         self.folder = Path(folder).expanduser()
-        self.quoted = recipes.quoted(self.folder)
+        self.quoted = f'"{self.folder}"' if " " in str(self.folder) else str(self.folder)  # for commands to be typed
         self.data = self.after_epoch = self._lock = None
         self._damaged, self.config, self.equations = False, config, {}
         if config is None:
@@ -231,6 +231,8 @@ class Run:
         accuracies = [row["test_accuracy"] for row in history]
         said = outcome(accuracies, chance, nonfinite=broken is not None)
         result = dict(outcome=said, first_nonfinite_layer=broken, given_up=given_up)
+        if broken:
+            print(f"epoch {len(history) + 1}: a number is not finite; first layer with such values: {broken}")
         if history:
             best, seconds = max(history, key=lambda row: row["test_accuracy"]), sum(row["seconds"] for row in history)
             result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"])
