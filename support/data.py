@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from support import events
+from support import events, explained
 from support.augment import AUGMENTATIONS, IN_WORDS
 
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -67,10 +67,8 @@ class Dataset:
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
-        try:
+        with explained(f"the {split} set is not given as tensors or arrays of numbers"):
             x, y = torch.as_tensor(x), torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the {split} set is not given as tensors or arrays of numbers: {error}") from None
         came = f"{x.dtype} {tuple(x.shape)} with labels {y.dtype} {tuple(y.shape)}"
         right = x.dim() in (4, 5) and x.shape[-1] == x.shape[-2] and x.numel() > 0 and y.shape == x.shape[:1]
         if right and x.dtype in INTEGERS and y.dtype in INTEGERS:

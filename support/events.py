@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
+from support import explained
+
 SENSOR = 128  # both event cameras are 128 x 128 pixels
 
 
@@ -15,11 +17,9 @@ def recordings(name, root, size, T):
     """What there is of a dataset of recordings, and how each becomes T frames of the same number of events. Returns
     their folder, pairs (file, class) for training and for testing, the names of the classes, and a function that
     decodes a file to frames of whole numbers (T, 2, S, S). Without tonic or recordings there is a ValueError."""
-    try:
+    with explained(f"--data {name} needs tonic: pip install -r requirements-events.txt"):
         import aedat  # noqa: F401  tonic reads CIFAR10-DVS through it
         import tonic
-    except ImportError as error:
-        raise ValueError(f"--data {name} needs tonic ({error}): pip install -r requirements-events.txt") from None
     gesture = name == "dvs-gesture"
     kind = tonic.datasets.DVSGesture if gesture else tonic.datasets.CIFAR10DVS
     splits = [dict(train=True), dict(train=False)] if gesture else [{}]
@@ -27,11 +27,9 @@ def recordings(name, root, size, T):
     # Unless its archives lie beside what was unpacked from them, tonic starts a long download: read what is there.
     local = type(kind.__name__, (kind,), {"_check_exists": lambda self: True})
     names = dict(enumerate(kind.classes))
-    try:
+    with explained(f"{folder} has something in it that is not of {kind.__name__}"):  # a user, light, class
         sets = [local(str(root), **split) for split in splits]
         found = [[(file, names[i]) for file, i in sorted(zip(part.data, part.targets, strict=True))] for part in sets]
-    except (ValueError, KeyError) as error:  # folders and files are named by user, light and class
-        raise ValueError(f"{folder} has something in it that is not of {kind.__name__}: {error}") from None
     if not all(map(len, sets)):
         calls = "; ".join(f"{kind.__name__}({str(root)!r}{', train=False' * i})" for i in range(len(sets)))
         how = f'python -c "from tonic.datasets import {kind.__name__}; {calls}"'

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
 from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, parallel, recipes
+from support import data, explained, parallel, recipes
 from support.fast import accelerate
 from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
@@ -83,10 +83,8 @@ def state_of(model, frames=False):
 
 
 def package(name):
-    try:
+    with explained("the authors' files need packages more: pip install -r requirements-official.txt"):
         return importlib.import_module(name)
-    except ImportError:
-        raise ValueError("the authors' files need packages more: pip install -r requirements-official.txt") from None
 
 
 def read(path):
@@ -94,10 +92,8 @@ def read(path):
     path, load_bytes = Path(path).expanduser(), package("safetensors.torch").load
     path = path / "model.safetensors" if path.is_dir() else path
     content = data.content_of(path)
-    try:
+    with explained(f"{path} is damaged or no safetensors file, a pickle is not read"):
         tensors = load_bytes(content)
-    except Exception as error:  # the package's own exception is a plain one
-        raise ValueError(f"{path} is damaged or no safetensors file (a pickle is not read): {error}") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or (not name.endswith("bias") and (tensor < 0).any()):
             raise ValueError(f"{path}: {name!r} has values that are not finite, or below 0, which Dale's law forbids")
@@ -172,18 +168,15 @@ def fetch(name):
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no folder and none of the published networks: {', '.join(PUBLISHED)}")
     download = package("huggingface_hub").hf_hub_download
-    try:
-        for file in ("config.json", "model.safetensors"):
-            path = download(REPOSITORY, file, subfolder=name)
-    except Exception as error:  # of several packages: no network, a proxy, a full disk
-        there = f"huggingface.co/{REPOSITORY}/tree/main/{name}"
-        raise OSError(f"get both files of {there}, and give --official FOLDER: the download failed ({error})") from None
-    return Path(path).parent
+    there = f"huggingface.co/{REPOSITORY}/tree/main/{name}"
+    with explained(f"get both files of {there}, and give --official FOLDER: the download failed"):
+        download(REPOSITORY, "config.json", subfolder=name)
+        return Path(download(REPOSITORY, "model.safetensors", subfolder=name)).parent
 
 
 def settings_of(folder, plan, args):
     """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
-    try:
+    with explained(f"{folder / 'config.json'} cannot be used"):
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         arch, dataset = theirs["arch"].lower(), theirs["dataset"].lower()
         said = dict(arch=arch if arch == "mlp" else f"{arch}{theirs['num_layers']}", data=DATA.get(dataset, dataset))
@@ -192,8 +185,6 @@ def settings_of(folder, plan, args):
         said.update(T=theirs["T"], ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:
             raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
-    except Exception as error:  # a foreign file fails in many ways
-        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
     given = {key: value for key, value in vars(args).items() if value is not None}
     return recipes.settings(argparse.Namespace(**said | given))
 
@@ -230,7 +221,7 @@ def theirs_like(model, folder, bn=False):
     how = dict(T=model.T, num_layers=depth, in_channels=model.in_channels, n_outputs=model.readout.n_e)
     how.update(neuron_config=dict(tau=2.0), light_classifier=True, dropout=0.0, seq_input=False)
     sys.path.insert(0, str(folder))
-    try:
+    with explained(f"{folder} is no checkout of github.com/{REPOSITORY} that runs"):
         vgg, optimizers = (importlib.import_module(name) for name in ("models.vgg", "modules.optimizers"))
         reset = importlib.import_module("spikingjelly.activation_based.functional").reset_net
         vgg.layer_config[depth] = plan
@@ -246,11 +237,6 @@ def theirs_like(model, folder, bn=False):
         groups = [dict(params=p, clamped="bias" not in n and not bn) for n, p in network.named_parameters()]  # to >= 0
         network.sgd = optimizers.EiSGD(groups, **SGD)
         return network
-    except Exception as error:  # another program, another version, a missing package
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder} is no checkout of github.com/{REPOSITORY} that runs ({reason})") from None
-    finally:
-        sys.path.remove(str(folder))
 
 
 def compare(folder, steps=100, width=0.25, batch_size=16):

@@ -153,8 +153,6 @@ class Progress:
         if self.give_up and 3 * epoch >= self.config["epochs"] > epoch:
             accuracies = [row["test_accuracy"] for row in self.history]
             self.given_up = outcome(accuracies, self.dataset.chance) == "failed to converge"
-        if self.run.after_epoch:
-            self.run.after_epoch(self.history)
 
     def finish(self):
         """Says and writes how the training ended. Returns the number of the signal that stopped it, else None."""

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 import ei_init
 import model as networks
-from support import data, parallel, recipes
+from support import data, explained, parallel, recipes
 from support.fast import checksum
 from support.measure import BINS
 from support.recipes import FULL, LACKS, WHAT
@@ -80,14 +80,14 @@ class Run:
     """A run folder. `create` makes a new one and `resume` goes on with one: both keep it from other processes until
     `close`. `Run(folder)` alone reads, also while another process trains.
 
-    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`). after_epoch: a
-    function of the history, called after each epoch, or None. ValueError, OSError: no such run, or a damaged one.
+    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`).
+    ValueError, OSError: no such run, or a damaged one.
     """
 
     def __init__(self, folder, config=None):
         self.folder = Path(folder).expanduser()
         self.quoted = f'"{self.folder}"' if " " in str(self.folder) else str(self.folder)  # for commands to be typed
-        self.data = self.after_epoch = self._lock = None
+        self.data = self._lock = None
         self._damaged, self.config, self.equations = False, config, {}
         if config is None:
             self.config = self._read_config()
@@ -262,7 +262,7 @@ def holds_run(folder):
 
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
-    try:
+    with explained(f"{path} is of another network or optimiser than config.json and train.py"):
         if isinstance(module, torch.optim.Optimizer):
             then = state["param_groups"]
             if [group.keys() for group in module.state_dict()["param_groups"]] != [group.keys() for group in then]:
@@ -271,9 +271,6 @@ def restore(module, state, path):
         for p, values in getattr(module, "state", {}).items():  # an optimiser's
             for value in values.values():
                 torch.as_tensor(value).expand(p.shape)  # a number, or of the parameter's shape
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} is of another network or optimiser than config.json and train.py: {reason}") from None
 
 
 def load_data_and_model(config, device):
@@ -314,11 +311,8 @@ OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
 
 def read(run, name, take):
     """take(the text of a file of a run). One that is missing or damaged is a ValueError of one line."""
-    try:
+    with explained(f"{run.folder / name} is missing or damaged, --resume {run.quoted} writes it from a checkpoint"):
         return take((run.folder / name).read_text(encoding="utf-8"))
-    except Exception as error:  # a damaged file fails in many ways
-        said = f"{run.folder / name} is missing or damaged ({type(error).__name__}: {error})"
-        raise ValueError(f"{said}: python train.py --resume {run.quoted} writes it from a checkpoint") from None
 
 
 def result_of(run):

@@ -121,7 +121,7 @@ def test_files_that_are_no_recordings(gestures):
         refused(gestures, f"{file} cannot be read", words)
     file.write_bytes(intact)
     file.rename(file.with_name("11.npy"))
-    refused(gestures, "has something in it that is not of DVSGesture: 11")
+    refused(gestures, "has something in it that is not of DVSGesture (")
 
 
 def test_cifar10_dvs_is_read_and_split_by_class(tmp_path):
@@ -143,7 +143,7 @@ def test_cifar10_dvs_is_read_and_split_by_class(tmp_path):
         file.write_bytes(foreign)
         refused(tmp_path, f"{file} cannot be read", name="cifar10-dvs")
     file.parent.rename(file.parent.with_name("bike"))
-    refused(tmp_path, "is not of CIFAR10DVS: 'bike'", name="cifar10-dvs")
+    refused(tmp_path, "is not of CIFAR10DVS (KeyError: 'bike')", name="cifar10-dvs")
 
 
 @pytest.mark.parametrize("name, kind", [("dvs-gesture", "DVSGesture"), ("cifar10-dvs", "CIFAR10DVS")])

@@ -135,7 +135,7 @@ def test_a_file_of_another_kind(tmp_path):
     torch.save(dict(a=1), path)
     for content in (path.read_bytes(), b"", b"x" * 100, CHECKPOINT.read_bytes()[:-5]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"damaged or no safetensors file \(a pickle is not read\)"):
+        with pytest.raises(ValueError, match=r"damaged or no safetensors file, a pickle is not read"):
             official.load(path, "vgg8", plan=PLAN)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is a Git LFS pointer, not the file itself"):
@@ -166,7 +166,7 @@ def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
         (dict(dataset="digits", neuron=dict(tau=0.5)), "tau must be at least 1"),
         (dict(dataset="ImageNet"), "unknown data 'imagenet'"),
         (dict(dataset="digits", num_layers=9), "arch is one of mlp, "),
-        (dict(neuron=dict(v_reset=0.0)), "config.json cannot be used: a neuron of {'surrogate_function': 'sigmoid', "),
+        (dict(neuron=dict(v_reset=0.0)), "config.json cannot be used (ValueError: a neuron of {"),
     ):
         write(tmp_path / "x", TENSORS, **config)
         assert message in fails(capsys, *argv)
@@ -185,7 +185,7 @@ def test_a_download(mlp, tmp_path, capsys, monkeypatch):
     hub, argv = pytest.importorskip("huggingface_hub"), ["--official", "CIFAR10-VGG8", "--plan", "20 10"]
     assert "is no folder and none of the published networks" in fails(capsys, "--official", "CIFAR10-VGG9")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: 1 / 0)
-    assert "the download failed (division by zero)" in fails(capsys, *argv)
+    assert "the download failed (ZeroDivisionError: division by zero)" in fails(capsys, *argv)
     hosts = {"vwOvOwv/DeepEISNN": tmp_path}
     monkeypatch.setattr(hub, "hf_hub_download", lambda host, file, subfolder: hosts[host] / subfolder / file)
     assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
