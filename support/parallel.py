@@ -48,17 +48,12 @@ def joined(device):
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the `with` block before the others, which read what it wrote. If it fails, they do too."""
-    failed = [True]
     if rank():
-        dist.broadcast_object_list(failed)
-        if failed[0]:
-            raise ValueError("the first process failed")
-    try:
-        yield
-        failed[0] = False
-    finally:
-        if world() > 1 and not rank():
-            dist.broadcast_object_list(failed)
+        with explained("the first process failed"):
+            dist.barrier()
+    yield
+    if world() > 1 and not rank():
+        dist.barrier()
 
 
 def share(x):
