@@ -67,7 +67,7 @@ class Progress:
         self.recorded = state["histograms"]
         self.sums[:3] = torch.tensor(state["sums"])
         print(f"{run.folder} goes on at step {self.step}, with {len(self.history)} epochs behind it")
-        run.write_tables(self.history, self.recorded)
+        run.write_tables(self.history)
 
     def _save(self, sums=(0.0, 0.0, 0.0), seconds=0.0):
         """sums, seconds: of an epoch that is not at its end."""

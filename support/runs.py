@@ -1,11 +1,11 @@
 """The run folder: what a training writes, so that it can be stopped and goes on where it was.
 
-    checkpoint.pt       the whole state of the training, at the end of an epoch or where it was stopped
+    checkpoint.pt       the whole state of the training, at the end of an epoch or where it was stopped, with the
+                        distributions of I_int and u (`measure.histograms`) at the start and after each epoch
     checkpoint.prev.pt  the one before, for when that one turns out to be damaged
     best.pt             the network of the epoch with the best test accuracy
     config.json         every setting, and a fingerprint of the equations with which the run was begun
     metrics.csv         a line an epoch
-    histograms.json     I_int and u of each layer (`measure.histograms`), at the start and after each epoch
     result.json         the outcome, when the run has ended
     .lock               held by the process that trains; the system frees it when that process ends, however it ends
 
@@ -33,7 +33,6 @@ import ei_init
 import model as networks
 from support import data, explained, parallel, recipes
 from support.fast import checksum
-from support.measure import BINS
 from support.recipes import FULL, LACKS, WHAT
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
@@ -183,13 +182,12 @@ class Run:
         keep = None if self._damaged else PREVIOUS  # an intact one before a damaged one stays
         self._write(CHECKPOINT, state | dict(config=self.config, data=self.data), keep)
         self._damaged = False
-        self.write_tables(state["history"], state["histograms"])
+        self.write_tables(state["history"])
 
-    def write_tables(self, history, histograms):
-        """Writes metrics.csv, histograms.json and config.json. A result.json of fewer epochs goes."""
+    def write_tables(self, history):
+        """Writes metrics.csv and config.json. A result.json of fewer epochs goes."""
         table = [list(history[0]), *(row.values() for row in history)] if history else []
         self._write("metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
-        self._write("histograms.json", json.dumps(histograms).encode() + b"\n")
         self._write("config.json", self.config | dict(equations=self.equations))
         if self._lock and len(history) < self.config["epochs"]:
             (self.folder / "result.json").unlink(missing_ok=True)
@@ -334,14 +332,9 @@ def metrics(run):
 
 
 def histograms(run):
-    """histograms.json as an array of counts: (epochs + 1, layers, 2, bins). The 2 are I_int and u."""
-
-    def counts(text):
-        epochs = json.loads(text)
-        found = [[(layer["i_int"], layer["u"]) for layer in layers] for layers in epochs]
-        return np.array(found, dtype=float).reshape(len(epochs), -1, 2, BINS["n"])
-
-    return read(run, "histograms.json", counts)
+    """The histograms in a run's checkpoint, of I_int and u, as an array of counts: (epochs + 1, layers, 2, bins)."""
+    epochs = run.load()["histograms"]
+    return np.array([[(layer["i_int"], layer["u"]) for layer in layers] for layers in epochs], dtype=float)
 
 
 def data_of(run):

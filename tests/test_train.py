@@ -167,7 +167,7 @@ def test_the_run_folder_and_what_is_printed(finished, capsys):
     assert out.count("\nepoch ") == 3 and "firing rates" in out and "again" in out.splitlines()[-1]
     assert main(*TINY, "--seed", "1", "--out", "other") == 0
     assert end("again") == end(finished) != end("other")  # the same settings, the same bits
-    table, recorded = rows(finished), json.loads((finished / "histograms.json").read_text())
+    table, recorded = rows(finished), Run(finished).load()["histograms"]
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and list(table[0])[-1] == "rate_3"
     assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(table[2]["test_accuracy"])
     assert len(recorded) == 4 and len(recorded[0]) == 3  # before the first epoch, and after each; layers
