@@ -113,7 +113,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def train_run(run, config, args, device, folder=None, after_epoch=None):
+def train_run(run, config, args, device, folder=None):
     """Goes on with a run, or (run is None) starts one in a new folder. Returns the exit status."""
     state = None
     try:
@@ -126,7 +126,6 @@ def train_run(run, config, args, device, folder=None, after_epoch=None):
                 raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
             if run is None:
                 run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
-        run.after_epoch = after_epoch
         header(config, dataset, model, device)
         stopped = train(run, config, dataset, model, state, args.plain, args.give_up)
     finally:

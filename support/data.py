@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from support import events
+from support import events, explained
 from support.augment import AUGMENTATIONS, IN_WORDS
 
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -67,10 +67,8 @@ class Dataset:
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
-        try:
+        with explained(f"the {split} set is not given as tensors or arrays of numbers"):
             x, y = torch.as_tensor(x), torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the {split} set is not given as tensors or arrays of numbers: {error}") from None
         came = f"{x.dtype} {tuple(x.shape)} with labels {y.dtype} {tuple(y.shape)}"
         right = x.dim() in (4, 5) and x.shape[-1] == x.shape[-2] and x.numel() > 0 and y.shape == x.shape[:1]
         if right and x.dtype in INTEGERS and y.dtype in INTEGERS:
@@ -126,7 +124,7 @@ def downloaded(kind, own, root, size, T):
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # of a damaged file: AssertionError, ValueError, ...
         for file in [*root.glob("*.gz"), *root.glob("cifar-*/*"), *root.glob("*/raw/*")]:
-            _digest(file)  # refuses pointers
+            content_of(file)  # refuses pointers
         for empty in (root / kind.__name__ / "raw", root / kind.__name__, root):
             with suppress(OSError):  # it is none, or it is not empty
                 empty.rmdir()
@@ -172,9 +170,6 @@ def _listing(folder):
         raise ValueError(f"{folder} has no class folders with images in it")
     if max(len(file.parts) for file in found) > len(folder.parts) + 30:
         raise ValueError(f"{folder}: a link leads back to a folder above it")
-    others = [file for file in files if file.suffix.lower() not in SUFFIXES and file.is_file()]
-    if others:
-        print(f"{folder}: {len(others)} files that are no images by their names are left out, e.g. {others[0]}")
     return [(file, normalize("NFC", file.relative_to(folder).parts[0])) for file in found]
 
 
@@ -207,7 +202,7 @@ def _decoded(root, train, test, classes, shape, decode):
     names = [os.path.relpath(file, root) for file in files]
     cache = f".decoded-{'x'.join(map(str, shape))}"
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(_digest, [__file__, events.__file__, *files])
+        contents = pool.map(lambda file: hashlib.sha256(content_of(file)).digest(), [__file__, events.__file__, *files])
         key = hashlib.sha256(repr([names, *contents]).encode()).hexdigest()[:32]
         try:
             with np.load(root / f"{cache}-{key}.npz") as found:
@@ -229,12 +224,12 @@ def _decoded(root, train, test, classes, shape, decode):
     return x[: len(train)], y[: len(train)], x[len(train) :], y[len(train) :], classes
 
 
-def _digest(file):
-    """A checksum of the contents of a file."""
+def content_of(file):
+    """The bytes of a file. A Git LFS pointer in its place is a ValueError."""
     content = Path(file).read_bytes()
     if content.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
-    return hashlib.sha256(content).digest()
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull")
+    return content
 
 
 def identity(dataset):

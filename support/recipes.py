@@ -5,8 +5,6 @@ import contextlib
 import io
 import os
 import re
-import shlex
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -96,12 +94,14 @@ def settings(args):
     return config
 
 
+SETTINGS = list(settings(argparse.Namespace()))  # their names
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are ValueErrors of one line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, allow_abbrev=False)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
 
     def error(self, message):
         raise ValueError(message)
@@ -141,15 +141,13 @@ def folder(text):
 
 def layer_sizes(text):
     """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
-    words = re.findall(r"[^\s,-]+", text)
-    if not all(word == "P" or (re.fullmatch("[0-9]+", word) and 0 < int(word) <= 10**6) for word in words):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no list of layer sizes and P")
-    return "-".join(words)
+    return "-".join(re.findall(r"[^\s,-]+", text))
 
 
 def plan_of(config):
-    """The plan of a run's settings as `model.build` takes it."""
-    return [word if word == "P" else int(word) for word in config["plan"].split("-")] if config["plan"] else None
+    """The plan of a run's settings as `model.build` takes it, which refuses other words than P."""
+    words = config["plan"].split("-") if config["plan"] else []
+    return [int(word) if word.isdecimal() else word for word in words] or None
 
 
 def add_settings(p):
@@ -158,7 +156,6 @@ def add_settings(p):
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
     p.add_argument("--plan", type=layer_sizes, help='other layers, e.g. "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
-    p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     names = ["auto", *AUGMENTATIONS]
@@ -232,16 +229,13 @@ class Forgiving:
     def write(self, text):
         try:
             self.stream.write(text)
-        except (OSError, ValueError):  # ValueError: it is closed
-            pass
-        return len(text)
-
-    def flush(self):
-        try:
             self.stream.flush()
         except (OSError, ValueError):  # what is left goes nowhere, or Python would complain at its end
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """Every `write` has done it."""
 
     def __getattr__(self, name):  # encoding, fileno, isatty, ...
         return getattr(self.stream, name)
@@ -265,11 +259,4 @@ def status(command, rank="0"):
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         sys.stdout, sys.stderr = before
-
-
-def quoted(path):
-    """A path as part of a command that is to be typed, in the shell at hand."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
