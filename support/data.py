@@ -170,6 +170,9 @@ def _listing(folder):
         raise ValueError(f"{folder} has no class folders with images in it")
     if max(len(file.parts) for file in found) > len(folder.parts) + 30:
         raise ValueError(f"{folder}: a link leads back to a folder above it")
+    others = [file for file in files if file.suffix.lower() not in SUFFIXES and file.is_file()]
+    if others:
+        print(f"{folder}: {len(others)} files that are no images by their names are left out, e.g. {others[0]}")
     return [(file, normalize("NFC", file.relative_to(folder).parts[0])) for file in found]
 
 

@@ -85,6 +85,7 @@ def costs(model, x):
     multiplies: multiply-accumulates per image. The synapses of the first layer, once where the image stands still, and
         all of DANN's; at each position and time step n_E n_I for I_sub, n_E n_I + n_I for I_div, n_E for the division,
         n_E for g_E; in BN-SNN, n_E. Of several weights from interneurons each acts in one of I_sub and I_div.
+    parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others.
     neurons_e, neurons_i: one for each map and position.
     """
     rows = []
@@ -109,6 +110,9 @@ def costs(model, x):
         row = dict(layer="readout" if module is model.readout else str(len(rows) + 1), firing_rate=None)
         row["accumulates"] = synaptic if spiking else 0.0
         row["multiplies"] = (0 if spiking else synaptic) + local * out.numel() / n_e / images
+        sizes = {key: p.numel() for key, p in module.named_parameters()}
+        row["parameters_e"] = sum(size for key, size in sizes.items() if key in ("w_ee", "g_e", "b_e") or not ei)
+        row["parameters_i"] = sum(sizes.values()) - row["parameters_e"]
         rows.append(row | dict(neurons_e=out[0].numel(), neurons_i=n_i * out[0].numel() // n_e))
 
     def fire(layer, args, spikes):
@@ -122,15 +126,19 @@ def costs(model, x):
 
 
 def cost_table(model, x):
-    """`costs` of a network on x and their sum, as lines of text: operations per image."""
+    """`costs` of a network on x and their sum, as lines of text: operations in thousands per image."""
     rows = costs(model, x)
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key not in ("layer", "firing_rate")}
-    rows.append(dict(layer="all", firing_rate=None) | total)
-    columns = "{:8}{:>8}{:>15}{:>15}{:>12}{:>9}"
-    lines = [columns.format("layer", "rate", "accumulates", "multiplies", "neurons E", "I")]
+    spikes = sum(row["firing_rate"] * row["neurons_e"] for row in rows[:-1])
+    neurons = sum(row["neurons_e"] for row in rows[:-1])
+    rows.append(dict(layer="all", firing_rate=spikes / neurons) | total)
+    columns = "{:8}{:>7}{:>14}{:>13}{:>15}{:>11}{:>12}{:>9}"
+    titles = columns.format("layer", "rate", "accumulates", "multiplies", "parameters E", "I", "neurons E", "I")
+    lines = [f"what {len(x)} of the test images cost, operations for each:", titles]
     for layer, rate, *numbers in map(dict.values, rows):
-        lines.append(columns.format(layer, "" if rate is None else f"{rate:.4f}", *(f"{n:,.0f}" for n in numbers)))
-    return [f"what {len(x)} of the test images cost, operations for each:", *lines]
+        operations, sizes = [f"{n / 1e3:,.0f}k" for n in numbers[:2]], [f"{n:,}" for n in numbers[2:]]
+        lines.append(columns.format(layer, "" if rate is None else f"{rate:.4f}", *operations, *sizes))
+    return lines
 
 
 def population(model):

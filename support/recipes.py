@@ -156,6 +156,7 @@ def add_settings(p):
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
     p.add_argument("--plan", type=layer_sizes, help='other layers, e.g. "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
+    p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     names = ["auto", *AUGMENTATIONS]

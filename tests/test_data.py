@@ -56,11 +56,12 @@ def test_batches_and_augmentation_are_the_same_as_ever():
         data.epoch_order(dict(seed=0, batch_size=2000), d, 0)
 
 
-def test_a_folder_is_read_in_alphabetical_order_and_cached(images, monkeypatch):
+def test_a_folder_is_read_in_alphabetical_order_and_cached(images, monkeypatch, capsys):
     for name in ("ant/.DS_Store", "ant/Thumbs.db", "wolf/notes.txt"):
         (images / "train" / name).write_text("no image")
     (images / "train" / ".ipynb_checkpoints").mkdir()
     d = data.load("folder", images)
+    assert "2 files that are no images by their names are left out" in capsys.readouterr().out
     assert d.train_y.tolist() == [0, 0, 0, 1, 1, 1] and d.test_y.tolist() == [0, 0, 1, 1] and d.augment is None
     assert d.train_x[2, :, 5, 5].tolist() == [0, 20, 200] and d.train_x[4, :, 5, 5].tolist() == [40, 10, 200]
     with monkeypatch.context() as patch:

@@ -62,8 +62,9 @@ def test_neurons_and_costs_follow_a_second_cell_type(monkeypatch):
     x = torch.rand(2, 1, 32, 32)
     net = network(x, [8, "P", 4])
     assert population(net) == (8 * 32**2 + 4 * 16**2 + 10, (2 + 3) * 32**2 + (1 + 3) * 16**2 + 2 + 3)
-    # W_ES, W_EI, g_I, the division and g_E
-    assert costs(net, x)[1]["multiplies"] == 2 * 16**2 * (4 * 3 + 4 * 1 + 1 + 2 * 4)
+    first, second, _ = costs(net, x)
+    assert second["multiplies"] == 2 * 16**2 * (4 * 3 + 4 * 1 + 1 + 2 * 4)  # W_ES, W_EI, g_I, the division and g_E
+    assert (first["parameters_e"], first["parameters_i"]) == (8 * 9 + 16, 2 * 9 + 8 * 2 + 2 + 3 * 9 + 8 * 3)
 
 
 def test_first_nonfinite_names_the_layer_the_loss_or_the_gradient():
@@ -98,7 +99,7 @@ def test_costs_are_those_counted_by_hand(form):
     expected = (pooled * taps[:, None] * taps).sum().item() / 3 * (8 + 2)
     assert second["accumulates"] == pytest.approx(expected, rel=1e-5)
     assert second["multiplies"] == 2 * 16 * 16 * (2 * 8 * 2 + 2 + 2 * 8)
-    assert list(second.values())[-2:] == [8 * 256, 2 * 256]  # neurons
+    assert list(second.values())[-4:] == [8 * 36 + 16, 2 * 36 + 16 + 2, 8 * 256, 2 * 256]  # parameters, neurons
     of_encoder = net.encoder(repeated).sum().item() / 3
     assert readout["accumulates"] == pytest.approx(of_encoder * 12) and readout["multiplies"] == 2 * 10 * 2
     frames = costs(net, x[:, None].repeat(1, 2, 1, 1, 1))  # the same image at each step, but the network cannot know
@@ -110,7 +111,7 @@ def test_costs_of_the_rivals():
     x = torch.rand(2, 3, 32, 32)
     bn_snn = network(x, kind="bn")
     bn, table = costs(bn_snn, x), measure.cost_table(bn_snn, x)
-    assert all(row["neurons_i"] == 0 for row in bn)
+    assert all(row["neurons_i"] == row["parameters_i"] == 0 for row in bn)
     assert bn[1]["multiplies"] == 2 * 16 * 16 * 16 and bn[1]["accumulates"] > 0
     assert all(row["accumulates"] == 0 for row in costs(network(x, kind="dann", T=1), x))
     assert len(table) == 9 and table[-1].startswith("all")
