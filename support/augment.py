@@ -74,5 +74,3 @@ def augment_cifar10_dvs(x, generator):
 
 
 AUGMENTATIONS = {"none": None, "cifar": augment_cifar, "gesture": augment_gesture, "cifar10-dvs": augment_cifar10_dvs}
-IN_WORDS = {None: "none", augment_cifar: "cifar: crop, flip, cutout", augment_gesture: "gesture: resized crop, flip"}
-IN_WORDS[augment_cifar10_dvs] = "cifar10-dvs: resized crop, flip, and roll, rotation or cutout"

@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from support import events, explained
-from support.augment import AUGMENTATIONS, IN_WORDS
+from support.augment import AUGMENTATIONS
 
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
@@ -63,7 +63,7 @@ class Dataset:
             if self.augment not in names:
                 raise ValueError(f"these data can be augmented by {', '.join(names)}, not by {self.augment}")
             self.augment = AUGMENTATIONS[self.augment]
-        self.augment_name = IN_WORDS.get(self.augment) or getattr(self.augment, "__name__", "the loader's own")
+        self.augment_name = getattr(self.augment, "__name__", str(self.augment))
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""

@@ -67,11 +67,8 @@ def recipe(data, arch, kind):
 
 def table():
     """`RECIPES` as lines of text."""
-    lines = ["Each row says what differs from the rows above it, for what it names; * is all.", ""]
-    for *names, differing in [("data", "arch", "kind", {}), *RECIPES]:
-        said = " ".join(f"{key}={value:.4g}" for key, value in differing.items())
-        lines.append("{:25}{:16}{:13}".format(*names) + said)
-    return lines
+    rows = [("data", "arch", "kind", "what differs from the rows above it; * is all"), *RECIPES]
+    return ["{:25}{:16}{:13}{}".format(*row) for row in rows]
 
 
 def settings(args):
@@ -139,22 +136,11 @@ def folder(text):
     return Path(text).expanduser()
 
 
-def layer_sizes(text):
-    """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
-    return "-".join(re.findall(r"[^\s,-]+", text))
-
-
-def plan_of(config):
-    """The plan of a run's settings as `model.build` takes it, which refuses other words than P."""
-    words = config["plan"].split("-") if config["plan"] else []
-    return [int(word) if word.isdecimal() else word for word in words] or None
-
-
 def add_settings(p):
     """The options that are settings of a run. What is not given is None; `settings` fills it in from the recipe."""
     yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
-    p.add_argument("--plan", type=layer_sizes, help='other layers, e.g. "16 P 32 P"')
+    p.add_argument("--plan", type=lambda text: "-".join(re.findall(r"[^\s,-]+", text)), help='layers, "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
     p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
@@ -252,11 +238,9 @@ def status(command, rank="0"):
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:1000]
-        if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", said):
-            said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
-        elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
-            raise  # an error of the program
+        said = " ".join(str(error).split())[:1000] or "not enough memory"
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|home directory", said):
+            raise  # an error of the program; that of a path ~nobody/... is none
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:

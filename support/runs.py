@@ -87,7 +87,7 @@ class Run:
         self.folder = Path(folder).expanduser()
         self.quoted = f'"{self.folder}"' if " " in str(self.folder) else str(self.folder)  # for commands to be typed
         self.data = self._lock = None
-        self._damaged, self.config, self.equations = False, config, {}
+        self.config, self.equations = config, {}
         if config is None:
             self.config = self._read_config()
 
@@ -179,9 +179,7 @@ class Run:
 
     def save(self, state):
         """Writes the state of the training, keeping the one before, and the tables that follow from it."""
-        keep = None if self._damaged else PREVIOUS  # an intact one before a damaged one stays
-        self._write(CHECKPOINT, state | dict(config=self.config, data=self.data), keep)
-        self._damaged = False
+        self._write(CHECKPOINT, state | dict(config=self.config, data=self.data), keep=PREVIOUS)
         self.write_tables(state["history"])
 
     def write_tables(self, history):
@@ -207,12 +205,9 @@ class Run:
             if zipfile.ZipFile(io.BytesIO(content)).testzip():
                 raise ValueError("its checksum is wrong")
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            then = checked(state["config"])
+            checked(state["config"])
             if ("optimizer" in state) == (name == BEST):
                 raise ValueError(f"it is no {name}")
-            for key, value in (self.config or {}).items():
-                if key not in ("data_root", "epochs") and value != then[key]:
-                    raise ValueError(f"it was saved with {key}={then[key]}, but config.json says {value}")
             return state
         except FileNotFoundError:
             said = f"there is no {path}: it is written after an epoch"
@@ -221,7 +216,6 @@ class Run:
         if name != CHECKPOINT or not (self.folder / PREVIOUS).exists():
             raise ValueError(said)
         print(f"{said}; the one before is used")
-        self._damaged = True
         return self.load(PREVIOUS)
 
     def finish(self, history, chance, broken=None, given_up=False):
@@ -277,7 +271,8 @@ def load_data_and_model(config, device):
     dataset = data.load(config["data"], *how)
     torch.manual_seed(config["seed"])
     names = ("T", "image_size", "width", *networks.NEURON_OPTIONS, *networks.CIRCUIT_OPTIONS["ei"])
-    options = {name: config[name] for name in names} | dict(kind=config["kind"], plan=recipes.plan_of(config))
+    plan = [int(word) if word.isdecimal() else word for word in config["plan"].split("-") if word]
+    options = {name: config[name] for name in names} | dict(kind=config["kind"], plan=plan or None)
     model = networks.build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
     model.to(device)
     if config["precision"] == "bf16":

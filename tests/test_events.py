@@ -65,7 +65,7 @@ def test_frames_of_equal_event_count(gestures, size):
     d = data.load("dvs-gesture", gestures, size, T=3)
     assert d.train_x.shape == (4, 3, 2, size, size) and d.test_x.shape == (2, 3, 2, size, size)
     assert d.train_y.tolist() == [0, 10, 0, 10] and d.n_classes == 11 and d.in_channels == 2
-    assert d.train_x.dtype == torch.uint8 and d.augment_name == "gesture: resized crop, flip"
+    assert d.train_x.dtype == torch.uint8 and d.augment_name == "augment_gesture"
     frames = data.to_input(d.train_x)
     assert frames.sum((2, 3, 4)).flatten().tolist() == pytest.approx([333] * 12)  # 1000 // 3: none is lost
     file = gestures / "DVSGesture" / "ibmGestureTrain" / "user01_fluorescent_led" / "10.npy"

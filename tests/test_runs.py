@@ -180,9 +180,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(run, how, capsy
     assert run.resume(CONFIG)["step"] == 2
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and HOW[how] in out and "checkpoint.pt" in out and "; the one before is used" in out
-    before = (run.folder / "checkpoint.prev.pt").read_bytes()
     run.save(STATE | dict(step=4))
-    assert (run.folder / "checkpoint.prev.pt").read_bytes() == before  # and does not give way to the damaged one
     run.save(STATE | dict(step=5))
     assert run.load()["step"] == 5 and run.load("checkpoint.prev.pt")["step"] == 4 and not capsys.readouterr().out
     for name in ("checkpoint.pt", "checkpoint.prev.pt", "best.pt"):
@@ -221,18 +219,6 @@ def test_damaged_settings_are_those_in_the_checkpoint(text, run, capsys):
         Run(run.folder)
 
 
-def change(run, **settings):
-    path = run.folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    return Run(run.folder)
-
-
-def test_settings_that_were_changed_are_refused(run):
-    with pytest.raises(ValueError, match=r"it was saved with lr=0\.01, but config\.json says 0\.25"):
-        change(run, lr=0.25).load()
-    assert change(run, lr=0.01, data_root="there", epochs=9).load()["step"] == 3  # data move, trainings grow longer
-
-
 def test_only_what_is_computed_counts_as_an_equation(tmp_path, monkeypatch, run, capsys):
     for name in equations():
         shutil.copy(Path(runs.networks.__file__).with_name(name), tmp_path)
@@ -249,6 +235,6 @@ def test_only_what_is_computed_counts_as_an_equation(tmp_path, monkeypatch, run,
     run.say_other_equations()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and f"with which {run.folder} was begun: lif.py, model.py changed since" in out
-    for entry in ({}, {"other.py": "1"}):  # older
-        change(run, equations=entry).say_other_equations()
-        assert not capsys.readouterr().out
+    run.equations = {"other.py": "1"}  # of an older version
+    run.say_other_equations()
+    assert not capsys.readouterr().out
