@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from support import data, parallel
 from support.measure import first_nonfinite, histograms
-from support.runs import CHECKPOINT, outcome, restore
+from support.runs import CHECKPOINT, fitting, outcome, restore
 
 
 @contextmanager
@@ -71,7 +71,8 @@ class Progress:
 
     def _save(self, sums=(0.0, 0.0, 0.0), seconds=0.0):
         """sums, seconds: of an epoch that is not at its end."""
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step)
+        optimizer = self.optimizer.state_dict() | dict(of=fitting(self.optimizer))
+        state = dict(model=self.model.state_dict(), optimizer=optimizer, step=self.step)
         state |= dict(sums=list(sums), seconds=seconds, history=self.history, histograms=self.recorded)
         self.run.save(state)
 

@@ -266,17 +266,17 @@ def holds_run(folder):
     return saved(folder) or (Path(folder) / "config.json").exists()
 
 
+def fitting(optimizer):
+    """What the state of an optimiser is of: its class, and the shapes of its parameters in each group."""
+    return f"{type(optimizer).__name__} {[[tuple(p.shape) for p in g['params']] for g in optimizer.param_groups]}"
+
+
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
     try:
-        if isinstance(module, torch.optim.Optimizer):
-            then = state["param_groups"]
-            if [group.keys() for group in module.state_dict()["param_groups"]] != [group.keys() for group in then]:
-                raise ValueError("it was trained with another optimiser")
+        if isinstance(module, torch.optim.Optimizer) and state.get("of", fitting(module)) != fitting(module):
+            raise ValueError("it was trained with another optimiser")
         module.load_state_dict(state)
-        for p, values in getattr(module, "state", {}).items():  # an optimiser's
-            for value in values.values():
-                torch.as_tensor(value).expand(p.shape)  # a number, or of the parameter's shape
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is of another network or optimiser than config.json and train.py: {reason}") from None
