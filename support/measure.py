@@ -32,7 +32,8 @@ def hooked(model, hooks, training=False):
 @torch.no_grad()
 def evaluate(model, x, y, batch_size=100):
     """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them. Returns mean
-    loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
+    loss (NaN if a parameter is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step)
+    of each layer."""
     batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
     thread = threading.get_ident()
@@ -42,6 +43,8 @@ def evaluate(model, x, y, batch_size=100):
             sums[2 + i] += spikes.mean() * spikes.shape[1]
 
     parallel.same_buffers(model)
+    if not is_finite(model):
+        sums[0] = torch.nan  # a potential that is NaN is no spike, so the logits may be finite
     batches = zip(parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True)
     with hooked(model, [m.register_forward_hook(partial(count_spikes, i=i)) for i, m in enumerate(layers(model))]):
         for images, labels in batches:
@@ -50,6 +53,11 @@ def evaluate(model, x, y, batch_size=100):
             sums[1] += (logits.argmax(1) == labels).sum()
     loss, accuracy, *rates = (parallel.total(sums) / len(y)).tolist()
     return loss, accuracy, rates
+
+
+def is_finite(model):
+    """Whether all parameters and running statistics are."""
+    return all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def first_nonfinite(model, x, y):

@@ -214,7 +214,7 @@ class Run:
                     raise ValueError("its checksum is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
             then = checked(state["config"])
-            if ("optimizer" in state) == (name == BEST):
+            if ("optimizer" in state) == (name == BEST) or not {"model", "data"} <= state.keys():
                 raise ValueError(f"it is no {name}")
             for key, value in (self.config or {}).items():
                 if key not in ("data_root", "epochs") and value != then[key]:
