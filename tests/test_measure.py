@@ -177,7 +177,7 @@ def test_the_potential_is_that_of_the_neuron_as_it_is(own, monkeypatch):
 
 def test_threads_test_one_network():
     x, y = torch.randint(256, (64, 1, 32, 32), dtype=torch.uint8), torch.randint(10, (64,))
-    net = network(x / 255, [4]).eval()
+    net = network(x / 255, [4], kind="bn")  # in training its normalization would go by the batch
     expected = evaluate(net, x, y, batch_size=4)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: evaluate(net, x, y, batch_size=4), range(4))) == [expected] * 4
