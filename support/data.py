@@ -128,7 +128,7 @@ def downloaded(kind, own, root, size, T):
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # of a damaged file: AssertionError, ValueError, ...
         for file in [*root.glob("*.gz"), *root.glob("cifar-*/*"), *root.glob("*/raw/*")]:
-            _digest(file)  # refuses pointers
+            contents(file)  # refuses pointers
         for empty in (root / kind.__name__ / "raw", root / kind.__name__, root):
             with suppress(OSError):  # it is none, or it is not empty
                 empty.rmdir()
@@ -209,8 +209,8 @@ def _decoded(root, train, test, classes, shape, decode):
     names = [os.path.relpath(file, root) for file in files]
     cache = f".decoded-{'x'.join(map(str, shape))}"
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(_digest, [__file__, events.__file__, *files])
-        key = hashlib.sha256(repr([names, *contents]).encode()).hexdigest()[:32]
+        sums = pool.map(lambda file: hashlib.sha256(contents(file)).digest(), [__file__, events.__file__, *files])
+        key = hashlib.sha256(repr([names, *sums]).encode()).hexdigest()[:32]
         try:
             with np.load(root / f"{cache}-{key}.npz") as found:
                 x = found["x"]  # out of a zip file, so that damage is noticed
@@ -231,12 +231,12 @@ def _decoded(root, train, test, classes, shape, decode):
     return x[: len(train)], y[: len(train)], x[len(train) :], y[len(train) :], classes
 
 
-def _digest(file):
-    """A checksum of the contents of a file."""
-    content = Path(file).read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
-    return hashlib.sha256(content).digest()
+def contents(file):
+    """The bytes of a file."""
+    found = Path(file).read_bytes()
+    if found.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull")
+    return found
 
 
 def identity(dataset):

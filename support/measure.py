@@ -65,7 +65,7 @@ def first_nonfinite(model, x, y):
     """The name of what is not finite in a training step with images x and labels y.
 
     The first layer, in forward order, with such a parameter or value; else "loss", if it is not finite; else, since
-    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "loss".
+    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "none left".
     """
     found = []
 
@@ -82,7 +82,7 @@ def first_nonfinite(model, x, y):
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     pairs = zip(trained, gradients, strict=True)
     bad = [name for name, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
-    return f"{bad[-1]} (its gradient)" if bad else "loss"
+    return f"{bad[-1]} (its gradient)" if bad else "none left"
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import sys
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -89,12 +90,10 @@ def package(name):
 
 
 def read(path):
-    """The tensors of their file, or of the one in a folder: a dict. "module." before names (DataParallel) is cut."""
+    """The tensors of their file, or of that in a folder: a dict. What is before all names ("module.") is cut."""
     path, load_bytes = Path(path).expanduser(), package("safetensors.torch").load
     path = path / "model.safetensors" if path.is_dir() else path
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, which only names the file: get the file itself (git lfs pull)")
+    content = data.contents(path)
     try:
         tensors = load_bytes(content)
     except Exception as error:  # the package's own exception is a plain one
@@ -102,7 +101,8 @@ def read(path):
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or (not name.endswith("bias") and (tensor < 0).any()):
             raise ValueError(f"{path}: {name!r} has values that are not finite, or below 0, which Dale's law forbids")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    cut = len(commonprefix(list(tensors)).partition("layers.")[0])  # noqa: RUF071
+    return {name[cut:]: tensor for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -191,12 +191,13 @@ def settings_of(folder, plan, args):
     """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
     given = {key: value for key, value in vars(args).items() if value is not None}
     try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = json.loads(data.contents(folder / "config.json"))
         arch, dataset = str(theirs.get("arch")).lower(), str(theirs.get("dataset")).lower()
         said = dict(
             arch=arch if arch == "mlp" else f"{arch}{theirs.get('num_layers')}", data=DATA.get(dataset, dataset)
         )
-        neuron = NEURON | theirs.get("neuron", {})
+        neuron = NEURON | {key: theirs[key] for key in ("tau", "v_threshold", *NEURON) if key in theirs}
+        neuron |= theirs.get("neuron_config", {}) | theirs.get("neuron", {})
         said.update(tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
         said.update(T=theirs.get("T"), ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:

@@ -96,7 +96,7 @@ class Run:
     def _read_config(self):
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(data.contents(path))
             self.equations = config.pop("equations", {})
             return checked(config)
         except Exception as error:  # a damaged file fails in many ways
@@ -209,7 +209,7 @@ class Run:
         ValueError: no such file is intact, or it is of something else. Nothing in it is executed."""
         path = self.folder / name
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(io.BytesIO(data.contents(path))) as archive:
                 if archive.testzip():
                     raise ValueError("its checksum is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -225,8 +225,6 @@ class Run:
             said = f"there is no {path}" + advice * (name == BEST and saved(self.folder))
         except Exception as error:  # a foreign file fails in many ways
             said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:200]})"
-            if path.read_bytes()[:100].startswith(b"version https://git-lfs"):
-                said = f"{path} is a Git LFS pointer, not the file itself: run git lfs pull"
         if name != CHECKPOINT or not (self.folder / PREVIOUS).exists():
             raise ValueError(said)
         print(f"{said}; the one before is used")
@@ -321,7 +319,7 @@ OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
 def read(run, name, take):
     """take(what is in a CSV or JSON file of a run). One that is missing or damaged is a ValueError of one line."""
     try:
-        with open(run.folder / name, encoding="utf-8") as file:
+        with io.StringIO(data.contents(run.folder / name).decode()) as file:
             found = json.load(file) if name.endswith("json") else list(csv.DictReader(file))
             if not found and file.tell():
                 raise ValueError("there is nothing in it")

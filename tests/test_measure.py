@@ -70,7 +70,7 @@ def test_neurons_and_costs_follow_a_second_cell_type(monkeypatch):
 def test_first_nonfinite_names_the_layer_the_loss_or_the_gradient():
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
     model = network(x)
-    assert first_nonfinite(model, x, y) == "loss"  # nothing is wrong
+    assert first_nonfinite(model, x, y) == "none left"
     handle = model.encoder.stages[6].circuit.w_ee.register_hook(lambda gradient: gradient * float("inf"))
     assert first_nonfinite(model, x, y) == "encoder.stages.6.circuit.w_ee (its gradient)"
     handle.remove()

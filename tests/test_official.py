@@ -138,7 +138,7 @@ def test_a_file_of_another_kind(tmp_path):
         with pytest.raises(ValueError, match=r"damaged or no safetensors file \(a pickle is not read\)"):
             official.load(path, "vgg8", plan=PLAN)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="is a Git LFS pointer, which only names the file"):
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the file itself"):
         official.load(tmp_path, "vgg8", plan=PLAN)
 
 
