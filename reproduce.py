@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 
 import torch
 
@@ -125,9 +126,12 @@ def run_all(args, device):
                 print(f"finished before, in {folder}" + ", given up at chance" * results[folder]["given_up"])
             elif status := train.train_run(run, config, args, device, folder):
                 return status, failed
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            failed.append(f"{folder.name}: {' '.join(str(error).split())}")
-            print(f"not trained: {error}")
+        except Exception as error:
+            if not isinstance(error, (ValueError, OSError, MemoryError)):
+                traceback.print_exc()  # of an edited network, perhaps
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failed.append(f"{folder.name}: {reason}")
+            print(f"not trained: {reason}")
         left -= config["epochs"]
     return 0, failed
 

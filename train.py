@@ -17,7 +17,7 @@ from support import data, official, parallel, recipes
 from support.fast import Recorded, accelerate, keep_memory
 from support.measure import cost_table, evaluate, header
 from support.progress import Progress
-from support.runs import Run, differing, load_data_and_model, prepare, restore
+from support.runs import OWN, Run, differing, load_data_and_model, prepare, restore
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -165,13 +165,16 @@ def test_run(args, device):
         print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
         return 0
     try:
-        if differ := differing(run, Run(rival)):
+        other = Run(rival)
+        if differ := differing(run, other):
             print(f"the BN-SNN beside it, {rival}, was made with other {', '.join(differ)}: not compared")
             return 0
-        print("beside it, BN-SNN:")
+        own = [f"{key}={other.config[key]:g}" for key in OWN if other.config[key] != config[key]]
+        own += ["a training that has not ended"] * (not (rival / "result.json").exists())
+        print(f"beside it, BN-SNN{', with ' * bool(own)}{', '.join(own)}:")
         how = {key: vars(args)[key] for key in ("data_root", "T", "other_data", "plain")}
         return test_run(argparse.Namespace(**vars(recipes.parse(["--eval", str(rival)])) | how), device)
-    except (ValueError, OSError) as error:  # this run's own test is done
+    except Exception as error:  # this run's own test is done; a damaged file fails in many ways
         print(f"the BN-SNN beside it is not compared: {error}")
         return 0
 

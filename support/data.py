@@ -58,17 +58,18 @@ class Dataset:
             raise ValueError(f"training samples have the shape {shape}, test samples {of_test}: make them alike")
         self.in_channels = shape[-3]
         self.chance = self.test_y.bincount().max().item() / len(self.test_y)
-        if isinstance(self.augment, str):
+        if self.augment is not None and not callable(self.augment):
             names = ("none", "cifar") if self.train_x.dim() == 4 else ("none", "gesture", "cifar10-dvs")
-            if self.augment not in names:
+            if not isinstance(self.augment, str) or self.augment not in names:
                 raise ValueError(f"these data can be augmented by {', '.join(names)}, not by {self.augment}")
             self.augment = AUGMENTATIONS[self.augment]
         self.augment_name = getattr(self.augment, "__name__", str(self.augment))
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
-        with explained(f"the {split} set is not given as tensors or arrays of numbers"):
-            x, y = torch.as_tensor(x), torch.as_tensor(y)
+        came = f"of type {type(x).__name__} with labels of type {type(y).__name__}"
+        with explained(f"the {split} set is {came}, not tensors or arrays of numbers"):
+            x, y = (torch.as_tensor(v.copy() if isinstance(v, np.ndarray) else v) for v in (x, y))  # not read-only
         came = f"{x.dtype} {tuple(x.shape)} with labels {y.dtype} {tuple(y.shape)}"
         right = x.dim() in (4, 5) and x.shape[-1] == x.shape[-2] and x.numel() > 0 and y.shape == x.shape[:1]
         if right and x.dtype in INTEGERS and y.dtype in INTEGERS:
@@ -88,10 +89,11 @@ def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
     if name not in LOADERS:
         raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
     found = LOADERS[name](Path(root).expanduser().absolute(), image_size, T)
-    if len(found or ()) != 6:
-        raise ValueError(f"the loader of {name} returned {len(found or ())} values; expected six, as `digits` returns")
-    *splits_and_classes, own = found
-    dataset = Dataset(*splits_and_classes, own if augment in (None, "auto") else augment)
+    try:
+        *splits_and_classes, own = found
+        dataset = Dataset(*splits_and_classes, augment=own if augment in (None, "auto") else augment)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"the loader of {name} has to return six values, as `digits` does: {error}") from None
     shape = tuple(dataset.train_x.shape[1:])
     if shape[-1] != image_size or (len(shape) == 4 and shape[0] != T):
         raise ValueError(f"{name} has samples of {shape}; expected --image-size {image_size} and, of frames, --T {T}")
@@ -265,7 +267,11 @@ def training_batch(config, dataset, indices, step):
     """Input and labels of a step. The augmentation depends on seed and step alone, so a resumed run repeats it."""
     x = to_input(dataset.train_x[indices])
     if dataset.augment:
-        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] * 1_000_003 + step) % 2**32))
+        given, seed = x, (config["seed"] * 1_000_003 + step) % 2**32
+        x = dataset.augment(given, torch.Generator(x.device).manual_seed(seed))
+        if not torch.is_tensor(x) or (x.shape, x.dtype) != (given.shape, given.dtype):
+            came = f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}"
+            raise ValueError(f"augmentation made {came} of {given.dtype} {tuple(given.shape)}, which it has to return")
     return x, dataset.train_y[indices]
 
 

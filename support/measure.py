@@ -13,6 +13,8 @@ from inhibition import EICircuit
 from model import layers
 from support import data, parallel
 
+LOCK = threading.RLock()  # two threads may look into one network: one after the other
+
 
 @contextmanager
 def hooked(model, hooks, training=False):
@@ -32,32 +34,39 @@ def hooked(model, hooks, training=False):
 @torch.no_grad()
 def evaluate(model, x, y, batch_size=100):
     """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them. Returns mean
-    loss, accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
+    loss (NaN if a parameter is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step)
+    of each layer."""
+    T = getattr(model, "module", model).T  # of an averaged model, too
     batch_size = batch_size if x.is_cpu else 1000  # a GPU is the faster the fewer operations it has to start
-    batch_size = max(1, min(batch_size, 1000 // model.T))  # frames take memory in proportion to T
+    batch_size = max(1, min(batch_size, 1000 // T))  # frames take memory in proportion to T
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
-    thread = threading.get_ident()
 
-    def count_spikes(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
-        if threading.get_ident() == thread:  # another thread may test the same network
-            sums[2 + i] += spikes.float().mean() * spikes.shape[1]
+    def count(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
+        sums[2 + i] += spikes.float().mean() * spikes.shape[1]
 
     parallel.same_buffers(model)
+    if not is_finite(model):
+        sums[0] = torch.nan  # a potential that is NaN is no spike, so the logits may be finite
     batches = zip(parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True)
-    with hooked(model, [m.register_forward_hook(partial(count_spikes, i=i)) for i, m in enumerate(layers(model))]):
+    with LOCK, hooked(model, [m.register_forward_hook(partial(count, i=i)) for i, m in enumerate(layers(model))]):
         for images, labels in batches:
-            logits = model(data.to_input(images))
+            logits = model(data.to_input(images).to(next(model.parameters()))).float()
             sums[0] += F.cross_entropy(logits, labels, reduction="sum")
             sums[1] += (logits.argmax(1) == labels).sum()
     loss, accuracy, *rates = (parallel.total(sums) / len(y)).tolist()
     return loss, accuracy, rates
 
 
+def is_finite(model):
+    """Whether all parameters and running statistics are."""
+    return all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def first_nonfinite(model, x, y):
     """The name of what is not finite in a training step with images x and labels y.
 
     The first layer, in forward order, with such a parameter or value; else "loss", if it is not finite; else, since
-    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "loss".
+    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "none left".
     """
     found = []
 
@@ -65,15 +74,16 @@ def first_nonfinite(model, x, y):
         if not all(t.isfinite().all() for t in (out, *module.parameters(recurse=False))):
             found.append(name)
 
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hooks = [module.register_forward_hook(partial(check, name=n)) for n, module in model.named_modules() if n]
-    with hooked(model, hooks, training=True):
+    with LOCK, hooked(model, hooks, training=True):
         loss = F.cross_entropy(model(x), y)
         if found or not loss.isfinite():
             return [*found, "loss"][0]
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    pairs = zip(dict(model.named_parameters()), gradients, strict=True)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    pairs = zip(trained, gradients, strict=True)
     bad = [name for name, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
-    return f"{bad[-1]} (its gradient)" if bad else "loss"
+    return f"{bad[-1]} (its gradient)" if bad else "none left"
 
 
 @torch.no_grad()
@@ -120,7 +130,7 @@ def costs(model, x):
 
     counted = [*(layer.circuit for layer in layers(model)), model.readout]
     hooks = [module.register_forward_hook(count) for module in counted]
-    with hooked(model, hooks + [layer.register_forward_hook(fire) for layer in layers(model)]):
+    with LOCK, hooked(model, hooks + [layer.register_forward_hook(fire) for layer in layers(model)]):
         model(x)
     return rows
 
@@ -171,7 +181,7 @@ def observe(model, x, see):
         see(i, args[0], u, spikes)
 
     neurons = [layer.neuron for layer in layers(model)]
-    with hooked(model, [neuron.register_forward_hook(partial(hook, i=i)) for i, neuron in enumerate(neurons)]):
+    with LOCK, hooked(model, [neuron.register_forward_hook(partial(hook, i=i)) for i, neuron in enumerate(neurons)]):
         model(x)
 
 

@@ -14,6 +14,7 @@ import importlib
 import json
 import re
 import sys
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def package(name):
 
 
 def read(path):
-    """The tensors of their file, or of the one in a folder: a dict. "module." before names (DataParallel) is cut."""
+    """The tensors of their file, or of that in a folder: a dict. What is before all names ("module.") is cut."""
     path, load_bytes = Path(path).expanduser(), package("safetensors.torch").load
     path = path / "model.safetensors" if path.is_dir() else path
     content = data.content_of(path)
@@ -97,7 +98,8 @@ def read(path):
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or (not name.endswith("bias") and (tensor < 0).any()):
             raise ValueError(f"{path}: {name!r} has values that are not finite, or below 0, which Dale's law forbids")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    cut = len(commonprefix(list(tensors)).partition("layers.")[0])  # noqa: RUF071
+    return {name[cut:]: tensor for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -177,10 +179,11 @@ def fetch(name):
 def settings_of(folder, plan, args):
     """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
     with explained(f"{folder / 'config.json'} cannot be used"):
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = json.loads(data.content_of(folder / "config.json"))
         arch, dataset = theirs["arch"].lower(), theirs["dataset"].lower()
         said = dict(arch=arch if arch == "mlp" else f"{arch}{theirs['num_layers']}", data=DATA.get(dataset, dataset))
-        neuron = NEURON | theirs.get("neuron", {})
+        neuron = NEURON | {key: theirs[key] for key in ("tau", "v_threshold", *NEURON) if key in theirs}
+        neuron |= theirs.get("neuron_config", {}) | theirs.get("neuron", {})
         said.update(tau=float(neuron.pop("tau", 2)), threshold=float(neuron.pop("v_threshold", 1)))
         said.update(T=theirs["T"], ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:

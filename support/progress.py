@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from support import data, parallel
-from support.measure import first_nonfinite, histograms
-from support.runs import CHECKPOINT, outcome, restore
+from support.measure import first_nonfinite, histograms, is_finite
+from support.runs import CHECKPOINT, fitting, outcome, restore
 
 
 @contextmanager
@@ -70,19 +70,14 @@ class Progress:
 
     def _save(self, sums=(0.0, 0.0, 0.0), seconds=0.0):
         """sums, seconds: of an epoch that is not at its end."""
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step)
+        optimizer = self.optimizer.state_dict() | dict(of=fitting(self.optimizer))
+        state = dict(model=self.model.state_dict(), optimizer=optimizer, step=self.step)
         state |= dict(sums=list(sums), seconds=seconds, history=self.history, histograms=self.recorded)
         self.run.save(state)
 
     def _break(self):
         """Ends the training because of a number that is not finite, and finds out in which layer."""
         self.stopped, self.broken = None, first_nonfinite(self.model, self.x, self.y)
-
-    def _is_finite(self):
-        """Whether all that would be saved of the network is finite; if not, that ends the training."""
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-            self._break()
-        return not self.broken
 
     def epochs(self):
         """The epochs that are left, from 0, until the end or until the training has to stop."""
@@ -118,8 +113,10 @@ class Progress:
                 if stopped:
                     self.stopped = (self.signals or [signal.SIGTERM])[0]  # or of another process
                     if i + 1 < len(order):
-                        if self._is_finite():
+                        if is_finite(self.model):
                             self._save((loss, accuracy, finite), time.perf_counter() - self.start)
+                        else:
+                            self._break()
                         return
         self.interrupted = False
         self.means = loss / len(order), accuracy / len(order)
@@ -130,9 +127,8 @@ class Progress:
 
     def end_epoch(self, lr, test_loss, test_accuracy, rates):
         """Keeps what came out of an epoch and of the test at its end, and saves it."""
-        if not math.isfinite(test_loss):
+        if not math.isfinite(test_loss) or not is_finite(self.model):
             self._break()
-        if self.broken or not self._is_finite():
             return
         epoch = len(self.history) + 1
         row = dict(epoch=epoch, lr=lr, train_loss=self.means[0], train_accuracy=self.means[1])

@@ -88,6 +88,8 @@ def settings(args):
     if config["warmup_epochs"] > config["epochs"]:
         epochs = f"{config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}"
         raise ValueError(f"a warm-up of {epochs}: give fewer --warmup-epochs or more --epochs")
+    if config["warmup_epochs"] and config["warmup_from"] > config["lr"]:
+        raise ValueError(f"a warm-up from {config['warmup_from']:g} to {config['lr']:g}: give a lower --warmup-from")
     return config
 
 

@@ -94,7 +94,7 @@ class Run:
     def _read_config(self):
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(data.content_of(path))
             self.equations = dict(config.pop("equations", {}))
             return checked(config)
         except Exception as error:  # a damaged file fails in many ways
@@ -206,7 +206,7 @@ class Run:
                 raise ValueError("its checksum is wrong")
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             checked(state["config"])
-            if ("optimizer" in state) == (name == BEST):
+            if ("optimizer" in state) == (name == BEST) or not {"model", "data"} <= state.keys():
                 raise ValueError(f"it is no {name}")
             return state
         except FileNotFoundError:
@@ -252,17 +252,17 @@ def holds_run(folder):
     return saved(folder) or (Path(folder) / "config.json").exists()
 
 
+def fitting(optimizer):
+    """What the state of an optimiser is of: its class, and the shapes of its parameters in each group."""
+    return f"{type(optimizer).__name__} {[[tuple(p.shape) for p in g['params']] for g in optimizer.param_groups]}"
+
+
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
     with explained(f"{path} is of another network or optimiser than config.json and train.py"):
-        if isinstance(module, torch.optim.Optimizer):
-            then = state["param_groups"]
-            if [group.keys() for group in module.state_dict()["param_groups"]] != [group.keys() for group in then]:
-                raise ValueError("it was trained with another optimiser")
+        if isinstance(module, torch.optim.Optimizer) and state.get("of", fitting(module)) != fitting(module):
+            raise ValueError("it was trained with another optimiser")
         module.load_state_dict(state)
-        for p, values in getattr(module, "state", {}).items():  # an optimiser's
-            for value in values.values():
-                torch.as_tensor(value).expand(p.shape)  # a number, or of the parameter's shape
 
 
 def load_data_and_model(config, device):
@@ -308,7 +308,7 @@ OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
 def read(run, name, take):
     """take(the text of a file of a run). One that is missing or damaged is a ValueError of one line."""
     with explained(f"{run.folder / name} is missing or damaged, --resume {run.quoted} writes it from a checkpoint"):
-        return take((run.folder / name).read_text(encoding="utf-8"))
+        return take(data.content_of(run.folder / name).decode())
 
 
 def result_of(run):

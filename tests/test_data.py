@@ -242,7 +242,7 @@ def test_one_s_own_data_may_be_of_any_type_of_whole_numbers(kind):
         (dict(test_x=-X.int() - 1), "test set is .* from -1 to -1"),
         (dict(train_x=X[:, 0]), r"\(4, 2, 2\) .*images \(N, channels, S, S\)"),
         (dict(train_x=torch.zeros(4, 2, 2, 3).byte()), r"\(4, 2, 2, 3\)"),
-        (dict(train_x=["a.png", "b.png"]), "not given as tensors or arrays"),
+        (dict(train_x=["a.png", "b.png"]), "is of type list .*, not tensors or arrays of numbers"),
         (dict(test_x=X[:0], test_y=Y[:0]), r"test set is torch.uint8 \(0, 1, 2, 2\)"),
         (dict(test_x=torch.zeros(4, 1, 3, 3).byte()), r"training samples have .*1, 2, 2.*, test samples .*1, 3, 3"),
         (dict(train_y=torch.tensor([0, 1, 2, 0])), "labels from 0 to 2; .*from 0 to 1"),
@@ -250,6 +250,7 @@ def test_one_s_own_data_may_be_of_any_type_of_whole_numbers(kind):
         (dict(train_y=Y.float()), "labels torch.float32"),
         (dict(classes=1), "only one class"),
         (dict(augment="gesture"), "augmented by none, cifar, not by gesture"),
+        (dict(augment=5), "augmented by none, cifar, not by 5"),
     ],
 )
 def test_anything_else_is_refused(change, message):
@@ -260,7 +261,7 @@ def test_anything_else_is_refused(change, message):
 
 def test_what_a_loader_returns_is_checked(monkeypatch):
     monkeypatch.setitem(data.LOADERS, "mine", lambda *_: (X, Y, X, Y, 2))
-    refused(".", "returned 5 values; expected six", name="mine")
+    refused(".", "has to return six values", name="mine")
     monkeypatch.setitem(data.LOADERS, "mine", lambda *_: (X, Y, X, Y, 2, None))
     refused(".", "has samples of (1, 2, 2); expected --image-size 32", name="mine")
 

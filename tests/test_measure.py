@@ -70,7 +70,7 @@ def test_neurons_and_costs_follow_a_second_cell_type(monkeypatch):
 def test_first_nonfinite_names_the_layer_the_loss_or_the_gradient():
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
     model = network(x)
-    assert first_nonfinite(model, x, y) == "loss"  # nothing is wrong
+    assert first_nonfinite(model, x, y) == "none left"
     handle = model.encoder.stages[6].circuit.w_ee.register_hook(lambda gradient: gradient * float("inf"))
     assert first_nonfinite(model, x, y) == "encoder.stages.6.circuit.w_ee (its gradient)"
     handle.remove()
@@ -177,7 +177,7 @@ def test_the_potential_is_that_of_the_neuron_as_it_is(own, monkeypatch):
 
 def test_threads_test_one_network():
     x, y = torch.randint(256, (64, 1, 32, 32), dtype=torch.uint8), torch.randint(10, (64,))
-    net = network(x / 255, [4]).eval()
+    net = network(x / 255, [4], kind="bn")  # in training its normalization would go by the batch
     expected = evaluate(net, x, y, batch_size=4)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: evaluate(net, x, y, batch_size=4), range(4))) == [expected] * 4

@@ -396,7 +396,7 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
     assert "no BN-SNN with a finished epoch beside it" in out and "T=3" in out
     assert main(*TINY, "--kind", "bn", "--out", bn) == 0  # with another learning rate: that of its own recipe
     out = beside("--kind", "ei", "--T", "3")
-    assert out.count("accumulates") == 2 and "beside it, BN-SNN:" in out and out.count("T=3") == 2
+    assert out.count("accumulates") == 2 and "beside it, BN-SNN, with lr=0.1, " in out and out.count("T=3") == 2
     (bn / "best.pt").write_bytes(b"x")
     assert beside().splitlines()[-1].startswith("the BN-SNN beside it is not compared: ")
     for option, value in dict(epochs=1, data_root="./other", T=1, batch_size=6, width=0.2, plan=20).items():
