@@ -79,10 +79,8 @@ class Progress:
         self.stopped, self.broken = None, first_nonfinite(self.model, self.x, self.y)
 
     def _is_finite(self):
-        """Whether all that would be saved of the network is finite; if not, that ends the training."""
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-            self._break()
-        return not self.broken
+        """Whether all that would be saved of the network is finite."""
+        return all(value.isfinite().all() for value in self.model.state_dict().values())
 
     def epochs(self):
         """The epochs that are left, from 0, until the end or until the training has to stop."""
@@ -110,7 +108,7 @@ class Progress:
                     continue
                 self.sums[3] = bool(self.signals)
                 loss, accuracy, finite, stopped = (parallel.total(self.sums.clone()) / parallel.world()).tolist()
-                if finite < i + 1:
+                if finite < i + 1 or (stopped and not self._is_finite()):
                     self._break()
                     return
                 bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}", refresh=False)
@@ -118,8 +116,7 @@ class Progress:
                 if stopped:
                     self.stopped = (self.signals or [signal.SIGTERM])[0]  # or of another process
                     if i + 1 < len(order):
-                        if self._is_finite():
-                            self._save((loss, accuracy, finite), time.perf_counter() - self.start)
+                        self._save((loss, accuracy, finite), time.perf_counter() - self.start)
                         return
         self.interrupted = False
         self.means = loss / len(order), accuracy / len(order)
@@ -130,9 +127,8 @@ class Progress:
 
     def end_epoch(self, lr, test_loss, test_accuracy, rates):
         """Keeps what came out of an epoch and of the test at its end, and saves it."""
-        if not math.isfinite(test_loss):
+        if not (math.isfinite(test_loss) and self._is_finite()):
             self._break()
-        if self.broken or not self._is_finite():
             return
         epoch = len(self.history) + 1
         row = dict(epoch=epoch, lr=lr, train_loss=self.means[0], train_accuracy=self.means[1])
