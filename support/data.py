@@ -94,9 +94,6 @@ def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
         dataset = Dataset(*splits_and_classes, augment=own if augment in (None, "auto") else augment)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the loader of {name} has to return six values, as `digits` does: {error}") from None
-    shape = tuple(dataset.train_x.shape[1:])
-    if shape[-1] != image_size or (len(shape) == 4 and shape[0] != T):
-        raise ValueError(f"{name} has samples of {shape}; expected --image-size {image_size} and, of frames, --T {T}")
     for part in ("train_x", "train_y", "test_x", "test_y"):
         setattr(dataset, part, getattr(dataset, part).to(device))
     return dataset

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
 from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, explained, parallel, recipes
+from support import data, explained, recipes
 from support.fast import accelerate
 from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
@@ -194,8 +194,6 @@ def settings_of(folder, plan, args):
 
 def command(args, device):
     """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0."""
-    if parallel.world() > 1:
-        raise ValueError("--official is for one process: leave torchrun out")
     folder = fetch(args.official)
     tensors = read(folder)
     config = settings_of(folder, describe(tensors)["plan"], args)

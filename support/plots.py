@@ -38,10 +38,7 @@ QUANTITIES = dict(i_int="$I_{int}$", u="$u$")
 def write_csv(path, rows):
     """Writes dicts with the same keys as lines of a CSV file."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        if rows:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([*map(list, rows[:1]), *(row.values() for row in rows)])
 
 
 def save(figure, name, rows, out, legend=None, place="upper"):

@@ -105,7 +105,7 @@ class Progress:
                     continue
                 self.sums[3] = bool(self.signals)
                 loss, accuracy, finite, stopped = (parallel.total(self.sums.clone()) / parallel.world()).tolist()
-                if finite < i + 1:
+                if finite < i + 1 or (stopped and not self._is_finite()):
                     self._break()
                     return
                 bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}", refresh=False)
@@ -113,10 +113,7 @@ class Progress:
                 if stopped:
                     self.stopped = (self.signals or [signal.SIGTERM])[0]  # or of another process
                     if i + 1 < len(order):
-                        if is_finite(self.model):
-                            self._save((loss, accuracy, finite), time.perf_counter() - self.start)
-                        else:
-                            self._break()
+                        self._save((loss, accuracy, finite), time.perf_counter() - self.start)
                         return
         self.interrupted = False
         self.means = loss / len(order), accuracy / len(order)

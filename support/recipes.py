@@ -197,13 +197,11 @@ def parse(argv=None):
 def run_name(config):
     """<data>-<arch>-<kind>-<what differs from the paper's method>-seed<n>."""
     parts = [config["data"], config["arch"], config["kind"]]
-    for key in ("plan", "width", "eps"):
+    words = dict(ste="noste", grad_scaling="noscaling", init="kaiming", precision=config["precision"])
+    for key in ("plan", "width", *ABLATIONS, "ei_ratio", "tau", "threshold", "alpha", "precision"):
         value = f"{config[key]:g}" if isinstance(config[key], float) else config[key]
-        parts += [f"{key}{value}"] if config[key] != WHAT[key] else []
-    parts += ["noste"] * (not config["ste"]) + ["noscaling"] * (not config["grad_scaling"])
-    parts += ["kaiming"] * (config["init"] == "kaiming")
-    parts += [f"{k.replace('_', '')}{config[k]:g}" for k in NEURONS if k != "width" and config[k] != NEURONS[k]]
-    parts += [config["precision"]] * (config["precision"] != "float32")
+        if config[key] != WHAT[key]:
+            parts.append(words.get(key, f"{key.replace('_', '')}{value}"))
     return "-".join([*parts, f"seed{config['seed']}"])
 
 

@@ -12,7 +12,7 @@ import torch
 import train
 from ei_init import initialize
 from model import build, circuits
-from support import bench, data, official, recipes
+from support import bench, data, official
 from support.runs import Run
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -154,9 +154,6 @@ def test_a_run_folder_of_a_checkpoint(mlp, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(Run(run).load("best.pt")["model"][name], p) for name, p in loaded.items())
     assert train.main(["--eval", str(run)]) == 0
     assert re.search(r"test accuracy \d+\.\d\d%", out)[0] in capsys.readouterr().out
-    monkeypatch.setattr(official.parallel, "world", lambda: 2)  # as with torchrun
-    with pytest.raises(ValueError, match="is for one process"):
-        official.command(recipes.parse(argv), torch.device("cpu"))
 
 
 def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
