@@ -128,10 +128,8 @@ def describe(tensors, image_size=32):
         arch, plan, first, last = "resnet18", None, w_ee["conv1.conv_ee.weight"], w_ee["fc.weight_ee"]
     elif len(w_ee) > 1 and all(name.split(".")[1].isdigit() for name in w_ee):
         first, *between, last = [w_ee[name] for name in sorted(w_ee, key=lambda name: int(name.split(".")[1]))]
-        sizes, depths = (
-            [len(first), *map(len, between)],
-            {len(PLANS[f"vgg{n}"]) - 5: f"vgg{n}" for n in (8, 11, 16, 19)},
-        )
+        sizes = [len(first), *map(len, between)]
+        depths = {len(PLANS[f"vgg{n}"]) - 5: f"vgg{n}" for n in (8, 11, 16, 19)}
         arch = "mlp" if first.dim() == 2 else depths.get(len(sizes))
         if arch is None:
             raise ValueError(f"{len(sizes)} convolutions are no E-I network of the authors")
@@ -142,9 +140,8 @@ def describe(tensors, image_size=32):
         raise ValueError("there is no E-I network of the authors in it")
     n_i = next((len(t) for n, t in tensors.items() if "_ie" in n and t.shape[1:] == first.shape[1:]), len(first))
     channels = first.shape[1] // image_size**2 if arch == "mlp" else first.shape[1]
-    return dict(
-        arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=max(1, len(first) // max(1, n_i))
-    )
+    ei_ratio = max(1, len(first) // max(1, n_i))
+    return dict(arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=ei_ratio)
 
 
 def load(path, arch=None, **options):
@@ -193,9 +190,8 @@ def settings_of(folder, plan, args):
     try:
         theirs = json.loads(data.contents(folder / "config.json"))
         arch, dataset = str(theirs.get("arch")).lower(), str(theirs.get("dataset")).lower()
-        said = dict(
-            arch=arch if arch == "mlp" else f"{arch}{theirs.get('num_layers')}", data=DATA.get(dataset, dataset)
-        )
+        arch = arch if arch == "mlp" else f"{arch}{theirs.get('num_layers')}"
+        said = dict(arch=arch, data=DATA.get(dataset, dataset))
         neuron = NEURON | {key: theirs[key] for key in ("tau", "v_threshold", *NEURON) if key in theirs}
         neuron |= theirs.get("neuron_config", {}) | theirs.get("neuron", {})
         said.update(tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))

@@ -390,9 +390,8 @@ class Runs:
 
     def __init__(self, args):
         self.folder, self.found, one = Path(args.runs), [], holds_run(args.runs)
-        self.given = {
-            key: vars(args)[key] for key in recipes.settings(recipes.parse([])) if vars(args)[key] is not None
-        }
+        names = recipes.settings(recipes.parse([]))
+        self.given = {key: vars(args)[key] for key in names if vars(args)[key] is not None}
         root = self.given.pop("data_root", None)
         for path in [self.folder] if one else sorted(filter(holds_run, self.folder.glob("*/"))):
             try:

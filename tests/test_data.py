@@ -90,8 +90,7 @@ def test_a_cache_that_cannot_be_used(images, monkeypatch, capsys):
     for content in (damaged, b"", POINTER):
         cache.write_bytes(content)
         assert decoded_again()
-    (images / "data.py").write_text("the code that decodes, edited")
-    monkeypatch.setattr(data, "__file__", str(images / "data.py"))
+    monkeypatch.setattr(data, "SOURCES", b"the code that decodes, edited")
     assert decoded_again() and not decoded_again()
     (images / "data.py").write_text("once more")
     with monkeypatch.context() as patch:  # a folder in which nothing can be written, and a process that is killed
