@@ -112,27 +112,19 @@ def run_all(args, device):
     Returns:
         The exit status of the first one that is stopped, or 0; and the runs that could not be trained, with the reason.
     """
-    configs, results, failed, told = plan(args), results_in(args.out), [], []
+    configs, results, failed = plan(args), results_in(args.out), []
     check_data(configs[0], results)
     left = sum(config["epochs"] for config in configs)
     for i, config in enumerate(configs, 1):
         folder = args.out / recipes.run_name(config)
-        print(f"\nrun {i} of {len(configs)}: {folder.name}")
-
-        def tell(history, left=left):
-            rest = left - len(history)
-            if not told and rest:  # after the first epoch
-                told.append(True)
-                seconds = history[-1]["seconds"]
-                print(f"{seconds:.1f} s an epoch; {rest} epochs left in all, about {seconds * rest / 60:.0f} minutes")
-
+        print(f"\nrun {i} of {len(configs)}, with {left} epochs left in all: {folder.name}")
         try:
             run = Run(folder) if holds_run(folder) else None
             if run:
                 config = run.settings(config)  # one with other settings is refused
             if run and folder in results:
                 print(f"finished before, in {folder}" + ", given up at chance" * results[folder]["given_up"])
-            elif status := train.train_run(run, config, args, device, folder, tell):
+            elif status := train.train_run(run, config, args, device, folder):
                 return status, failed
         except Exception as error:
             if not isinstance(error, (ValueError, OSError, MemoryError)):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from inhibition import clamp_dale
 from support import data, official, parallel, recipes
-from support.fast import accelerate, keep_memory
+from support.fast import Recorded, accelerate, keep_memory
 from support.measure import cost_table, evaluate, header
 from support.progress import Progress
 from support.runs import OWN, Run, differing, load_data_and_model, prepare, restore
@@ -45,6 +45,9 @@ def guard_gradients(loss, model):
 
 def train_step(network, optimizer, x, y, clip_norm=0.0):
     """One step of training: forward, backward, and Dale's law.
+
+    On a GPU its operations are recorded and then repeated (`support.fast.Recorded`), so what changes from step to step
+    must be a tensor there. `--plain` records nothing.
 
     Args:
         x: images (B, C, H, W) or frames (B, T, C, H, W), intensities >= 0.
@@ -84,18 +87,20 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     if state is None:
         prepare(config, dataset, model)  # E-I Init
     if not plain:
-        accelerate(model, precision=config["precision"])
+        accelerate(model)
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
     network = parallel.wrap(model)
+    alone_on_gpu = dataset.train_x.is_cuda and parallel.world() == 1
+    take_step = Recorded(train_step) if alone_on_gpu and not plain else train_step  # the same, in one CUDA graph
 
     for epoch in progress.epochs():
         for step, x, y in progress.batches(epoch):
             lr = learning_rate(config, step, progress.steps_per_epoch)
             for group, rate in zip(optimizer.param_groups, progress.rates, strict=True):
                 group["lr"] = lr * (rate / config["lr"])  # each group in proportion to its own rate
-            progress.count(*train_step(network, optimizer, x, y, config["clip_norm"]))
+            progress.count(*take_step(network, optimizer, x, y, config["clip_norm"]))
 
         if progress.interrupted:
             break
@@ -108,7 +113,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def train_run(run, config, args, device, folder=None, after_epoch=None):
+def train_run(run, config, args, device, folder=None):
     """Goes on with a run, or (run is None) starts one in a new folder. Returns the exit status."""
     state = None
     try:
@@ -121,7 +126,6 @@ def train_run(run, config, args, device, folder=None, after_epoch=None):
                 raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
             if run is None:
                 run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
-        run.after_epoch = after_epoch
         header(config, dataset, model, device)
         stopped = train(run, config, dataset, model, state, args.plain, args.give_up)
     finally:
@@ -149,7 +153,7 @@ def test_run(args, device):
     restore(model, state["model"], run.folder / "best.pt")
     sample, _ = data.sample(dataset, config["T"])
     if not args.plain:
-        accelerate(model, precision=config["precision"])
+        accelerate(model)
     loss, accuracy, rates = evaluate(model, dataset.test_x, dataset.test_y)
     print(f"{run.folder}, epoch {state['epoch']}: test accuracy {accuracy:.2%}, loss {loss:.4f}, T={config['T']}")
     print("firing rates by layer:", " ".join(f"{r:.4f}" for r in rates))

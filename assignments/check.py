@@ -44,9 +44,6 @@ HAND_IN = [*(f"{file}.py" for file in FILES.values()), "results.csv", "a5.png"]
 BROKEN = {}  # only when it is graded: assignments whose files do not run -> why
 
 
-# ---- what is right, and what is a known mistake ----
-
-
 def read(path=HERE / "expected.npz"):
     """expected.npz as a dict: function -> dict of
 
@@ -130,9 +127,9 @@ def verdict(function, found, entry, right):
             index = tuple(int(i) for i in np.argwhere(differs(f[key], r[key], key))[0])
             if index:
                 text += f" at {list(index)}" + f" (time step {index[0]})" * (function == "simulate")
-            for k, v in given.items():
-                if isinstance(v, list) and k != "weights" and np.shape(v) == np.shape(r[key]):
-                    text += f", where {k} is {np.array(v)[index]:.6g}"
+            for k in {"u", "current", "currents", "i_div", "w", "w_ei", f"p_{key}"} & set(given):
+                if np.shape(given[k]) == np.shape(r[key]):
+                    text += f", where {k.removeprefix('p_')} is {np.array(given[k])[index]:.6g}"
             yours, right = np.asarray(f[key])[index], np.asarray(r[key])[index]
             return False, f"{text}: yours is {yours:.6g}, right is {right:.6g}.", name
     return True, "right", None
@@ -144,13 +141,11 @@ def verdicts(a, book, look):
     wrong = {}
     for name, points in POINTS[a].items():
         suspects, entry, right = [other for other in USES.get(name, ()) if other in wrong], book[name], False
-        groups = [group for n in range(len(suspects)) for group in itertools.combinations(suspects, n + 1)]
+        groups = [group for n in range(len(suspects), 0, -1) for group in itertools.combinations(suspects, n)]
         for group in groups:
             right = right or verdict(name, look(name, group), entry, entry["given"]["+".join(group)])[0]
-        text, mistake = (
-            f"right, with a stand-in for `{'`, `'.join(suspects)}`, whose mistakes cost no points here",
-            None,
-        )
+        text = f"right, with a stand-in for `{'`, `'.join(suspects)}`, whose mistakes cost no points here"
+        mistake = None
         if not right:
             right, text, mistake = verdict(name, look(name, ()), entry, entry["right"])
         if not right:
@@ -158,9 +153,6 @@ def verdicts(a, book, look):
             wrong[name] = text
             text += f" (This may follow from `{'`, `'.join(suspects)}`.)" if follows else ""
         yield name, points, right, text, mistake
-
-
-# ---- the student's files ----
 
 
 def own_numbers(student):
@@ -247,9 +239,6 @@ def own_results(a, book):
     yield QUESTIONS[a], 0, answers["value"] is not None, text, None
 
 
-# ---- the command line ----
-
-
 def check(names, all_parts=True):
     """Prints what is right and what is not, or the latter alone. Returns the exit status."""
     book, total, possible, right = read(), 0, 0, True
@@ -293,8 +282,6 @@ def main(argv=None):
     parser.add_argument("what", choices=[*FILES, "all", "setup", "submit"])
     parser.add_argument("--id", help="your student id, as your lecturer writes it")
     args = parser.parse_args(argv)
-    if sys.version_info < (3, 10):  # noqa: UP036
-        parser.error("Python 3.10 or later is needed")
     if args.id is not None and (not re.fullmatch(ID, args.id) or args.id == "YOUR_ID"):
         parser.error(f"--id is your own id: letters, digits, _ and - (not first), at most 40, not {args.id!a}")
     if args.what == "submit" and args.id is None:

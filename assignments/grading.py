@@ -33,14 +33,11 @@ from ablation import near
 from probes import FILES, HERE
 
 LARGEST = 2_000_000  # bytes of a file
-STARTED = "Its grading was begun, and stopped before its end.\n"
+STARTED = b"Its grading was begun, and stopped before its end.\n"
 COLUMNS = ["id", "total", *(part for parts in check.POINTS.values() for part in parts), *check.QUESTIONS.values()]
 COLUMNS += ["mistakes", "fingerprint"]
 PROGRAM = ("worker.py", "check.py", "probes.py", "ablation.py", "digits.npz")
 PROGRAM = {name: (HERE / name).read_bytes() for name in PROGRAM}  # in memory: a submission may rewrite the files
-
-
-# ---- what was handed in ----
 
 
 def members(path):
@@ -117,9 +114,6 @@ def collect(folder):
     return [several[-1] for several in by_id.values()]
 
 
-# ---- running it ----
-
-
 def children():
     """The processes that this one has started or inherited, on Linux."""
     found = set()
@@ -134,27 +128,30 @@ class Trial:
     """Runs a submission, as a user of the system, in one process as long as it answers, then in another one.
 
     A part may take `seconds`. In a file in which one did not end, each of the others may take 10 seconds, and the whole
-    file 2 `seconds`. A submission may take 10 `seconds`. A part that was not the first in its process is run again.
+    file 2 `seconds`. A submission may take 10 `seconds`. A part that ends its process is run again, as the first in it.
     """
 
     def __init__(self, files, questions, seconds, user):
         self.files, self.seconds, self.user, self.process = files, seconds, user, None
         self.questions = dict(questions=questions, broken={})
-        self.used, self.failed = collections.Counter(), set()
+        self.used, self.failed, self.loaded = collections.Counter(), set(), []
 
     def start(self):
         self.folder, self.others = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), children()
         for name, data in (self.files | PROGRAM).items():
             Path(self.folder.name, name).write_bytes(data)
+        options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.user:
             try:
+                import pwd
+
                 shutil.chown(self.folder.name, self.user)
-            except (LookupError, OSError) as error:
+                options |= dict(user=self.user, group=pwd.getpwnam(self.user).pw_gid, extra_groups=[])
+            except (ImportError, LookupError, OSError) as error:
                 raise OSError(f"--user {self.user} needs the rights of root, and such a user: {error}") from None
-        options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, user=self.user)
         options |= dict(cwd=self.folder.name, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
         self.process = subprocess.Popen([sys.executable, "worker.py"], start_new_session=True, **options)
-        self.answers, self.worked = queue.Queue(10), False
+        self.answers = queue.Queue(10)
 
         def read(lines, answers):
             with contextlib.suppress(OSError, ValueError):
@@ -163,22 +160,21 @@ class Trial:
             answers.put(b"")
 
         threading.Thread(target=read, args=(self.process.stdout, self.answers), daemon=True).start()
-        try:
-            self.ask(self.questions, 120)
-        except (EOFError, TimeoutError) as ended:
+        ready = self.ask(self.questions, 120)
+        if isinstance(ready, Exception):
             self.end()
-            raise OSError(f"{sys.executable} cannot run worker.py: {ended}") from None
+            raise OSError(f"{sys.executable} cannot run worker.py: {ready}")
 
     def ask(self, line, seconds):
-        """The answer to a line."""
+        """The answer to a line, or an exception, which says why there is none."""
         try:
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             self.process.stdin.flush()
             return json.loads(self.answers.get(timeout=seconds))
         except queue.Empty:
-            raise TimeoutError(f"It did not end within {seconds:.3g} seconds.") from None
+            return TimeoutError(f"It did not end within {seconds:.3g} seconds.")
         except (OSError, ValueError, RecursionError):
-            raise EOFError("It ended the program.") from None
+            return EOFError("It ended the program.")
 
     def look(self, a, part, replaced=()):
         """What `worker.py` finds, or text that says why there is nothing."""
@@ -190,17 +186,17 @@ class Trial:
                 return "It was not run, because there was no time left for it."
             if self.process is None:
                 self.start()
-            first, begin = not self.worked, time.monotonic()
-            self.worked = self.worked or part != "answers"
-            try:
-                return self.ask([a, part, replaced], limit)
-            except (EOFError, TimeoutError) as ended:
-                self.end()
-                if first:
-                    self.failed.add(a)
-                    return str(ended)
-            finally:
-                self.used[a] += time.monotonic() - begin
+            begin = time.monotonic()
+            self.loaded.append(a)
+            found = self.ask([a, part, replaced], limit)
+            self.used[a] += time.monotonic() - begin
+            if not isinstance(found, Exception):
+                return found
+            again = isinstance(found, EOFError) and len(self.loaded) > 1
+            self.end()
+            if not again:
+                self.failed.add(a)
+                return str(found)
 
     def end(self):
         """Ends the process, and all that it has started."""
@@ -225,10 +221,7 @@ class Trial:
             while self.answers.get(timeout=1):  # until the thread that reads has ended
                 pass
         self.folder.cleanup()
-        self.process = None
-
-
-# ---- points ----
+        self.process, self.loaded = None, []
 
 
 ANSWERS = dict(  # the right answers to a student's own questions
@@ -283,6 +276,22 @@ def grade_one(files, student, book, seconds, user):
     points, remarks, mistakes, answers = {}, {}, [], {}
     trial = Trial(files, {name: entry["inputs"] for name, entry in book.items()}, seconds, user)
 
+    def results(a):
+        file, broken = f"{FILES[a]}.py", None
+        trial.questions["broken"].pop(a, None)
+        given = trial.look(a, "answers") if file in files else f"There is no {file}."
+        if not isinstance(given, dict):
+            broken = trial.questions["broken"][a] = str(given)[:500]
+            given = answers_in(files.get(file, b""))
+
+        def look(part, group):
+            if part == "experiment":
+                return of_experiment(broken or trial.look(a, part, book[part]["inputs"]), book[part]["right"])
+            return readable(broken or trial.look(a, part, group), book[part]["right"])
+
+        answers = check.answers_of(given, a)
+        return answers, list(check.results(a, book, look, answers, files, all(points.values())))
+
     def note(part, possible, right, text, mistake=None):
         points[part] = possible if right else 0
         if text != "right":
@@ -292,19 +301,11 @@ def grade_one(files, student, book, seconds, user):
 
     try:
         for a in check.POINTS:
-            file, broken = f"{FILES[a]}.py", None
-            given = trial.look(a, "answers") if file in files else f"There is no {file}."
-            if not isinstance(given, dict):
-                broken = trial.questions["broken"][a] = str(given)[:500]
-                given = answers_in(files.get(file, b""))
-            answers[a] = check.answers_of(given, a)
-
-            def look(part, group, a=a, broken=broken):
-                if part == "experiment":
-                    return of_experiment(broken or trial.look(a, part, book[part]["inputs"]), book[part]["right"])
-                return readable(broken or trial.look(a, part, group), book[part]["right"])
-
-            for verdict in check.results(a, book, look, answers[a], files, all(points.values())):
+            answers[a], verdicts = results(a)
+            if {a} < set(trial.loaded) and not all(right for part, _, right, *_ in verdicts if part in book):
+                trial.end()  # another file may have changed what all use: once more, in a process without it
+                answers[a], verdicts = results(a)
+            for verdict in verdicts:
                 note(*verdict)
     finally:
         trial.end()
@@ -316,14 +317,11 @@ def grade_one(files, student, book, seconds, user):
     return points, [f"{', '.join(parts)}: {text}" for text, parts in remarks.items()], mistakes
 
 
-# ---- grades ----
-
-
-def put(path, text):
+def put(path, data):
     """Writes a file whole, or not at all. What stands in its place is replaced; a link is not followed."""
     handle, new = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        file.write(text)
+    with open(handle, "wb") as file:
+        file.write(data)
     os.chmod(new, 0o644)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -336,29 +334,28 @@ def save(folder, rows, remarks):
     if where.is_symlink() or not where.is_dir():
         where.unlink(missing_ok=True)
         where.mkdir()
-    for student, text in remarks.items():
-        path, data = where / f"{student}.txt", text.encode(errors="backslashreplace")
+    for student, data in remarks.items():
+        path = where / f"{student}.txt"
         if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
-            put(path, text)
+            put(path, data)
     counts = collections.Counter(name for row in rows.values() for name in row["mistakes"].split("; ") if name)
     tables = {"grades.csv": [COLUMNS, *([row.get(c, 0) for c in COLUMNS] for _, row in sorted(rows.items()))]}
     tables["mistakes.csv"] = [("mistake", "submissions"), *counts.most_common()]
     for name, lines in tables.items():
         text = io.StringIO()
         csv.writer(text).writerows(lines)
-        put(folder / name, text.getvalue())
+        put(folder / name, text.getvalue().encode(errors="backslashreplace"))
 
 
 def graded_before(folder):
-    """(rows by id, remarks by id) of an earlier grading."""
+    """(rows by id, remarks by id, as bytes: a lecturer may have written into them) of an earlier grading."""
     path, rows = folder / "grades.csv", []
     if path.exists():
         rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig", "replace"), newline="")))
         if any(list(row) != COLUMNS or None in row.values() for row in rows):
             raise ValueError(f"{path} is not as `grade` writes it: move it away")
     paths = [p for p in (folder / "remarks").glob("*.txt") if p.is_file() and not p.is_symlink()]
-    remarks = {path.stem: path.read_bytes().decode(errors="replace") for path in paths}
-    return {row["id"].lower(): row for row in rows}, remarks
+    return {row["id"].lower(): row for row in rows}, {path.stem: path.read_bytes() for path in paths}
 
 
 def grade(folder, make_book, seconds=30, user=None):
@@ -383,7 +380,8 @@ def grade(folder, make_book, seconds=30, user=None):
             said = [f"It could not be graded: {error!r}"]
         total, mistakes = sum(points.values()), "; ".join(mistakes)
         rows[f.id.lower()] = dict(id=f.id, total=total, **points, mistakes=mistakes, fingerprint=f.fingerprint)
-        remarks[f.id] = "\n".join([f"{f.id}: {total} of 100 points", *f.remarks, *said, ""])
+        text = "\n".join([f"{f.id}: {total} of 100 points", *f.remarks, *said, ""])
+        remarks[f.id] = text.encode(errors="backslashreplace")
         save(folder, rows, remarks)
         print(f"{f.id}: {total} of 100 points" + "".join(f" - {line}" for line in f.remarks), flush=True)
     print(f"grades.csv, mistakes.csv and remarks/ are in {folder}; the sentences of A5 are yours to read")

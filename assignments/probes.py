@@ -118,8 +118,13 @@ def simulate(m, c):
 
 def some_currents(function, names, m, c):
     x = c.with_gradient("x")
-    parameters = [c.with_gradient(name) for name in c if name.startswith("p_")]
-    out = getattr(m, function)(x, c.parameters(), lambda i_div: i_div + 0.5 * (i_div == 0))  # zeros become 0.5
+    parameters, calls = [c.with_gradient(name) for name in c if name.startswith("p_")], []
+
+    def stabilize(i_div):
+        calls.append(i_div)
+        return i_div + 0.5 * (i_div == 0)  # zeros become 0.5
+
+    out = getattr(m, function)(x, c.parameters(), stabilize)
     if not isinstance(out, dict):
         raise Problem(f"it returns {'None' if out is None else type(out).__name__}, not a dict of currents")
     like_ie = x.new_empty(len(x), len(c["p_w_ie"]), x.shape[2]) if "i_ie" in names else None
@@ -129,6 +134,9 @@ def some_currents(function, names, m, c):
             raise Problem(f"the dict has no {name}")
         found[name] = tensor(out[name], like_ie if name == "i_ie" else c["weights"], name)
     c.unchanged()
+    quotient = c["p_g_e"][:, None] * (out["i_ee"] - out["i_sub"]) / out["i_div"] + c["p_b_e"][:, None]
+    close = torch.isclose(out["i_int"], quotient, rtol=0.01, atol=0.01) | (out["i_div"] < 0.1)
+    found["~divided by I_div, and stabilize not called"] = float(bool(close.all()) and not calls)
     found["dL/dx"] = gradient(out["i_int"], c["weights"], x, keep=True)
     norms = [gradient(out["i_int"], c["weights"], p, keep=True).norm() for p in parameters]
     return found | {f"norm of dL/d of {', '.join(c.parameters())},": torch.stack(norms)}
@@ -169,12 +177,13 @@ def ei_init(m, c):
         held |= dict(g_i=torch.rand(n_i), g_e=torch.rand(n_e), b_e=torch.rand(n_e))
     before = {name: value.numpy().copy() for name, value in held.items()}
     held = {name: value.requires_grad_() for name, value in held.items()}
-    m.ei_init(dict(held), c.with_gradient("x") if c["x_has_gradient"] else c["x"])
-    p, found = {name: value.numpy() for name, value in changed(held).items()}, {}
+    m.ei_init(dict(held), c.with_gradient("x"))
+    p, found = {name: value.numpy().copy() for name, value in changed(held).items()}, {}
+    m.ei_init(dict(held), c["x"])
+    found["the same w_ee the second time"] = np.array_equal(held["w_ee"].detach(), p["w_ee"])
     for name, w in p.items():
         if name in ("w_ee", "w_ie"):
             found[f"mean of {name}"], found[f"standard deviation of {name}"] = w.mean(), w.std()
-            found[f"share of {name} below 0"] = (w < 0).mean()
             found[f"share of {name} below its mean"] = (w < 0.999 * w.mean()).mean()
         else:
             found[f"smallest and largest {name}"] = [w.min(), w.max()]
@@ -237,7 +246,7 @@ def what_zeros_become(m, c, out):
 
 def call(name, m, c):
     arguments, like, differentiate, what = CALLS[name]
-    if differentiate or c.get("x_has_gradient"):
+    if differentiate or "x" in c:  # the input of a layer carries a gradient, too
         c.with_gradient(differentiate or "x")
     found = {}
     for again in ("", ", the second time") if differentiate else ("",):  # what the first call leaves on its input shows
@@ -282,7 +291,8 @@ def observe(name, module, inputs, replaced=()):
         try:
             if not callable(getattr(module, name, None)):
                 raise Problem("the file has no such function")
-            with patch.dict(vars(module), {other: STAND_INS[other] for other in replaced}):
+            stand_ins, grad = {other: STAND_INS[other] for other in replaced}, not given.get("no_grad")
+            with patch.dict(vars(module), stand_ins), torch.set_grad_enabled(grad):
                 out = PROBES[name](module, Case(given))
             arrays = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in out.items()}
             found.append({k: np.asarray(v, dtype=np.float64) for k, v in arrays.items()})

@@ -2,21 +2,10 @@
 Every sample is treated on its own."""
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-
-def _uniform(x, generator, low, high):
-    """A random number for each sample of x: (B, 1)."""
-    return torch.rand(len(x), 1, device=x.device, generator=generator) * (high - low) + low
-
-
-def _select(x, rows, columns):
-    """x[b, ..., rows[b, i, j], columns[b, i, j]], each of the shape (B, S, S) or expanded to it: of the shape of x."""
-    samples = torch.arange(len(x), device=x.device)[:, None, None]
-    return x[samples, ..., rows, columns].movedim((1, 2), (-2, -1))
+from torchvision.transforms.functional import InterpolationMode, resized_crop, rotate
 
 
 def augment_cifar(x, generator):
@@ -27,11 +16,14 @@ def augment_cifar(x, generator):
     and the rectangle has one random shade of red: what that changes is in results/cifar10.md.
     """
     B, C, _, S = x.shape
-    uniform = partial(_uniform, x, generator)
-    pixels = torch.arange(S, device=x.device)
+    samples, pixels = torch.arange(B, device=x.device)[:, None, None], torch.arange(S, device=x.device)
+
+    def uniform(low, high):  # a random number for each image: (B, 1)
+        return torch.rand(B, 1, device=x.device, generator=generator) * (high - low) + low
+
     rows = pixels + uniform(0, 9).long()
     columns = torch.where(uniform(0, 1) < 0.5, pixels, pixels.flip(0)) + uniform(0, 9).long()
-    x = _select(F.pad(x, [4] * 4), rows[:, :, None], columns[:, None, :])
+    x = F.pad(x, [4] * 4)[samples, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)  # (B, C, S, S)
 
     area, aspect = uniform(0.02, 0.4) * S * S, uniform(-1, 1).mul(math.log(2.5)).exp()
     height = (area * aspect).sqrt().round().clamp(max=S)
@@ -43,11 +35,22 @@ def augment_cifar(x, generator):
     return torch.where(cut, torch.rand(B, C, S, S, device=x.device, generator=generator), x)
 
 
-def augment_gesture(x, generator):
+def augment_gesture(x, generator, smallest=0.5):
     """DVS-Gesture, event counts (B, T, C, S, S): random resized crop of 50 to 100 % of the area and horizontal flip,
-    the same for all frames of a sample. The paper's recipe has the flip, though it makes a left hand of a right one."""
-    rows, columns = _crop_and_flip(x, generator, 0.5)
-    return _select(x, rows[:, :, None], columns[:, None, :])
+    the same for all frames of a sample. The paper's recipe has the flip, though it makes a left hand of a right one.
+
+    The crop has `smallest` to 1 of the area and an aspect ratio of 3/4 to 4/3 (log-uniform), or nearer to 1 where a
+    crop of this area would not fit. Its pixels are chosen, not mixed.
+    """
+    S = x.shape[-1]
+    area, aspect, top, left, flip = torch.rand(5, len(x), device=x.device, generator=generator)  # (B,) each
+    area = smallest + (1 - smallest) * area
+    aspect = ((2 * aspect - 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()
+    height, width = (S * (area * aspect).sqrt()).round(), (S * (area / aspect).sqrt()).round()
+    boxes = torch.stack([top * (S - height + 1), left * (S - width + 1), height, width], 1).int().tolist()  # (B, 4)
+    nearest = InterpolationMode.NEAREST_EXACT
+    x = torch.stack([resized_crop(sample, *box, [S, S], nearest) for sample, box in zip(x, boxes, strict=True)])
+    return torch.where(flip.view(-1, 1, 1, 1, 1) < 0.5, x, x.flip(-1))
 
 
 def augment_cifar10_dvs(x, generator):
@@ -56,47 +59,18 @@ def augment_cifar10_dvs(x, generator):
     Roll: by up to 5 pixels along each side, what leaves at one edge comes back at the other. Rotation: by up to 30
     degrees, no events where it looks past the edges. Cutout: no events in a square of 16 pixels around any pixel.
     """
-    S = x.shape[-1]
-    rows, columns = _crop_and_flip(x, generator, 0.7)
-
-    def uniform(low, high):
-        return _uniform(x, generator, low, high)[:, :, None]
-
-    pixels = torch.arange(S, device=x.device)
-    which, middle = uniform(0, 3).floor(), (S - 1) / 2
-    angle = uniform(-30, 30).deg2rad() * (which == 1)
-    down, right = (uniform(-5, 6).floor() * (which == 0) for _ in range(2))
-    # Where in the cropped frame each pixel (i, j) of the result looks: no interpolation, so one choice of pixels.
-    i, j = pixels[:, None] - middle, pixels - middle
-    row = (angle.cos() * i - angle.sin() * j + middle).round()
-    column = (angle.sin() * i + angle.cos() * j + middle).round()
-    seen = (row >= 0) & (row < S) & (column >= 0) & (column < S)
-    top, left = ((uniform(0, S).floor() - 8) for _ in range(2))
-    i, j = pixels[:, None] - top, pixels - left
-    seen &= ~((which == 2) & (i >= 0) & (i < 16) & (j >= 0) & (j < 16))
-    row, column = ((row - down) % S).long(), ((column - right) % S).long()
-    row, column = (of.gather(1, at.flatten(1)).view_as(at) for of, at in ((rows, row), (columns, column)))
-    return _select(x, row, column) * seen[:, None, None]
-
-
-def _crop_and_flip(x, generator, smallest):
-    """Random resized crop (nearest pixel) and flip: which rows and which columns of x each sample shows, (B, S) each.
-
-    The crop has `smallest` to 1 of the area and an aspect ratio of 3/4 to 4/3 (log-uniform), or nearer to 1 where a
-    crop of this area would not fit.
-    """
-    S = x.shape[-1]
-    area = _uniform(x, generator, smallest, 1)
-    aspect = (_uniform(x, generator, -1, 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()
-    chosen = []
-    for share in ((area * aspect).sqrt(), (area / aspect).sqrt()):
-        side = (share * S).round().clamp(1, S)
-        first = (_uniform(x, generator, 0, 1) * (S - side + 1)).floor()
-        chosen.append((first + (torch.arange(S, device=x.device) + 0.5) * side / S).long())
-    rows, columns = chosen
-    return rows, torch.where(_uniform(x, generator, 0, 1) < 0.5, columns, columns.flip(1))
+    x, S = augment_gesture(x, generator, smallest=0.7), x.shape[-1]
+    changed, random = [], torch.rand(len(x), 3, device=x.device, generator=generator).tolist()
+    for sample, (which, a, b) in zip(x, random, strict=True):
+        if which < 1 / 3:
+            sample = sample.roll((int(11 * a) - 5, int(11 * b) - 5), (-2, -1))
+        elif which < 2 / 3:
+            sample = rotate(sample, 60 * a - 30)
+        else:
+            top, left = int(S * a) - 8, int(S * b) - 8
+            sample[..., max(0, top) : top + 16, max(0, left) : left + 16] = 0
+        changed.append(sample)
+    return torch.stack(changed)
 
 
 AUGMENTATIONS = {"none": None, "cifar": augment_cifar, "gesture": augment_gesture, "cifar10-dvs": augment_cifar10_dvs}
-IN_WORDS = {None: "none", augment_cifar: "cifar: crop, flip, cutout", augment_gesture: "gesture: resized crop, flip"}
-IN_WORDS[augment_cifar10_dvs] = "cifar10-dvs: resized crop, flip, and roll, rotation or cutout"

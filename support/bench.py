@@ -1,7 +1,8 @@
 """Speed and memory: `python -m support.bench` measures training steps and forward passes side by side in one process.
 
 plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`. bn and dann: the rivals,
-accelerated too; DANN has no time, T = 1. authors, authors bn: with --authors DIR, a checkout of their repository.
+accelerated too; DANN has no time, T = 1. bf16: as with `--precision bf16`. graph: as `train.py` does on a GPU, with the
+training step recorded. authors, authors bn: with --authors DIR, a checkout of their repository.
 A ratio to `fast` is the median of the rounds' ratios, so that what disturbs the machine for a while disturbs both.
 `plain` and the authors' networks run with the C library's usual memory management, the others with `fast.keep_memory`.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import clamp_dale
 from model import ARCHS, build
-from support.fast import accelerate, keep_memory
+from support.fast import Recorded, accelerate, keep_memory, use_bfloat16
 from support.official import SGD, theirs_like
 from support.parallel import pick_device
 from support.recipes import Parser, count, folder, positive, status
@@ -28,28 +29,42 @@ def networks(x, arch, T, authors=None):
     """What is measured: name -> network, on the device of the images x. The E-I networks have the same weights."""
     plain = build(arch, T=T).to(x.device)
     initialize(plain, x)
-    forms = dict(plain=plain, fast=copy.deepcopy(plain), bn=build(arch, kind="bn", T=T))
-    forms["dann"] = build(arch, kind="dann", T=1)
-    for name in ("fast", "bn", "dann"):
-        accelerate(forms[name].to(x.device), x)
+    ours = dict(fast=copy.deepcopy(plain), bn=build(arch, kind="bn", T=T), dann=build(arch, kind="dann", T=1))
+    forms = dict(plain=plain)
+    for name, net in ours.items():
+        accelerate(net.to(x.device), x)
+        forms[name] = net
+        forms[f"{name} bf16"] = copy.deepcopy(net)
+        use_bfloat16(forms[f"{name} bf16"])
     if authors:
         forms |= {"authors": theirs_like(plain, authors), "authors bn": theirs_like(plain, authors, bn=True)}
     return forms
 
 
-class Contender:
-    """A network with a batch and its optimiser, the authors' own for theirs."""
+def train_step(network, optimizer, x, y):
+    """As in `train.py`, but the loss is not looked at."""
+    loss = F.cross_entropy(network(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    clamp_dale(network)
+    return [loss.detach()]
 
-    def __init__(self, model, x):
+
+class Contender:
+    """A network with a batch and its optimiser, the authors' own for theirs. graph: its step is recorded."""
+
+    def __init__(self, model, x, graph=False):
         self.model, self.x, self.y = model, x, torch.arange(len(x), device=x.device) % 10
         self.optimizer = getattr(model, "sgd", None) or torch.optim.SGD(model.parameters(), **SGD, fused=True)
+        self.take_step = train_step
+        if graph:
+            self.take_step = Recorded(train_step)
+            for _ in range(Recorded.EAGER_CALLS + 1):
+                self.train()
 
     def train(self):
-        loss = F.cross_entropy(self.model.train()(self.x), self.y)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        clamp_dale(self.model)
+        self.take_step(self.model.train(), self.optimizer, self.x, self.y)
 
     @torch.no_grad()
     def forward(self):
@@ -92,9 +107,9 @@ def show(contenders, times, device):
     """Prints a line for each form; no ratio from fewer than five rounds, which says little."""
     rounds = len(times["fast", "train"])
     print(f"{rounds} rounds: median (fastest to slowest) in ms, ratio to fast, peak memory of a training step in MiB\n")
-    print(f"{'':10}{'training step':>30}{'ratio':>7}{'forward':>30}{'ratio':>7}{'memory':>8}")
+    print(f"{'':16}{'training step':>30}{'ratio':>7}{'forward':>30}{'ratio':>7}{'memory':>8}")
     for name, contender in contenders.items():
-        cells = f"{name:10}"
+        cells = f"{name:16}"
         for kind in ("train", "forward"):
             ms, fast = times[name, kind], times["fast", kind]
             ratio = f"{median(a / b for a, b in zip(ms, fast, strict=True)):.2f}" if rounds >= 5 else ""
@@ -118,6 +133,9 @@ def run(argv):
     torch.manual_seed(0)
     x = torch.rand(args.batch_size, 3, 32, 32, device=device)
     contenders = {name: Contender(net, x) for name, net in networks(x, args.arch, args.T, args.authors).items()}
+    if device.type == "cuda":
+        ours = [name for name in contenders if name.startswith(("fast", "bn", "dann"))]
+        contenders |= {f"{n} graph": Contender(copy.deepcopy(contenders[n].model), x, graph=True) for n in ours}
     print(f"{args.arch}, batch {args.batch_size}, T = {args.T}, {device}, {torch.get_num_threads()} CPU threads")
     show(contenders, measure(contenders, args.seconds, device), device)
     return 0

@@ -21,8 +21,8 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from support import events
-from support.augment import AUGMENTATIONS, IN_WORDS
+from support import events, explained
+from support.augment import AUGMENTATIONS
 
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
@@ -64,15 +64,13 @@ class Dataset:
             if not isinstance(self.augment, str) or self.augment not in names:
                 raise ValueError(f"these data can be augmented by {', '.join(names)}, not by {self.augment}")
             self.augment = AUGMENTATIONS[self.augment]
-        self.augment_name = IN_WORDS.get(self.augment) or getattr(self.augment, "__name__", "the loader's own")
+        self.augment_name = getattr(self.augment, "__name__", str(self.augment))
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
-        try:
+        came = f"of type {type(x).__name__} with labels of type {type(y).__name__}"
+        with explained(f"the {split} set is {came}, not tensors or arrays of numbers"):
             x, y = (torch.as_tensor(v.copy() if isinstance(v, np.ndarray) else v) for v in (x, y))  # not read-only
-        except (TypeError, ValueError, RuntimeError) as error:
-            came = f"of type {type(x).__name__} with labels of type {type(y).__name__}"
-            raise ValueError(f"the {split} set is {came}, not tensors or arrays of numbers: {error}") from None
         came = f"{x.dtype} {tuple(x.shape)} with labels {y.dtype} {tuple(y.shape)}"
         right = x.dim() in (4, 5) and x.shape[-1] == x.shape[-2] and x.numel() > 0 and y.shape == x.shape[:1]
         if right and x.dtype in INTEGERS and y.dtype in INTEGERS:
@@ -132,7 +130,7 @@ def downloaded(kind, own, root, size, T):
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # of a damaged file: AssertionError, ValueError, ...
         for file in [*root.glob("*.gz"), *root.glob("cifar-*/*"), *root.glob("*/raw/*")]:
-            contents(file)  # refuses pointers
+            content_of(file)  # refuses pointers
         for empty in (root / kind.__name__ / "raw", root / kind.__name__, root):
             with suppress(OSError):  # it is none, or it is not empty
                 empty.rmdir()
@@ -215,7 +213,7 @@ def _decoded(root, train, test, classes, shape, decode):
     names = [os.path.relpath(file, root) for file in files]
     cache = f".decoded-{'x'.join(map(str, shape))}"
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda file: hashlib.sha256(contents(file)).digest(), files)
+        sums = pool.map(lambda file: hashlib.sha256(content_of(file)).digest(), files)
         key = hashlib.sha256(SOURCES + repr([names, *sums]).encode()).hexdigest()[:32]
         try:
             with np.load(root / f"{cache}-{key}.npz") as found:
@@ -237,12 +235,12 @@ def _decoded(root, train, test, classes, shape, decode):
     return x[: len(train)], y[: len(train)], x[len(train) :], y[len(train) :], classes
 
 
-def contents(file):
-    """The bytes of a file."""
-    found = Path(file).read_bytes()
-    if found.startswith(b"version https://git-lfs"):
+def content_of(file):
+    """The bytes of a file. A Git LFS pointer in its place is a ValueError."""
+    content = Path(file).read_bytes()
+    if content.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull")
-    return found
+    return content
 
 
 def identity(dataset):

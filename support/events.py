@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
+from support import explained
+
 SENSOR = 128  # both event cameras are 128 x 128 pixels
 
 
@@ -15,11 +17,9 @@ def recordings(name, root, size, T):
     """What there is of a dataset of recordings, and how each becomes T frames of the same number of events. Returns
     their folder, pairs (file, class) for training and for testing, the names of the classes, and a function that
     decodes a file to frames of whole numbers (T, 2, S, S). Without tonic or recordings there is a ValueError."""
-    try:
+    with explained(f"--data {name} needs tonic: pip install -r requirements-events.txt"):
         import aedat  # noqa: F401  tonic reads CIFAR10-DVS through it
         import tonic
-    except ImportError as error:
-        raise ValueError(f"--data {name} needs tonic ({error}): pip install -r requirements-events.txt") from None
     gesture = name == "dvs-gesture"
     kind = tonic.datasets.DVSGesture if gesture else tonic.datasets.CIFAR10DVS
     splits = [dict(train=True), dict(train=False)] if gesture else [{}]
@@ -27,11 +27,9 @@ def recordings(name, root, size, T):
     # Unless its archives lie beside what was unpacked from them, tonic starts a long download: read what is there.
     local = type(kind.__name__, (kind,), {"_check_exists": lambda self: True})
     names = dict(enumerate(kind.classes))
-    try:
+    with explained(f"{folder} has something in it that is not of {kind.__name__}"):  # a user, light, class
         sets = [local(str(root), **split) for split in splits]
         found = [[(file, names[i]) for file, i in sorted(zip(part.data, part.targets, strict=True))] for part in sets]
-    except (ValueError, KeyError) as error:  # folders and files are named by user, light and class
-        raise ValueError(f"{folder} has something in it that is not of {kind.__name__}: {error}") from None
     if not all(map(len, sets)):
         calls = "; ".join(f"{kind.__name__}({str(root)!r}{', train=False' * i})" for i in range(len(sets)))
         how = f'python -c "from tonic.datasets import {kind.__name__}; {calls}"'
@@ -57,19 +55,14 @@ def count(x, y, p, t, T):
     """Events -> how many there are at each pixel in each frame, (T, 2, SENSOR, SENSOR), int64.
 
     Of n events, in order of time, each frame receives n // T, and the last n % T are left out, as in tonic's ToFrame
-    with n_event_bins. Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, times that are not numbers, a
-    pixel beyond the sensor, another polarity: a ValueError.
+    with n_event_bins. Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, a pixel beyond the sensor,
+    another polarity: a ValueError.
     """
     if len(t) < T:
         raise ValueError(f"{len(t)} events cannot make T={T} frames")
-    if not np.isfinite(t).all():
-        raise ValueError("the time of an event is not a number")
-    for axis, values in (("x", x), ("y", y)):
-        pixels = (values >= 0) & (values < SENSOR) & (np.floor(values) == values)
-        if not pixels.all():
-            raise ValueError(f"{axis} of an event is {values[~pixels][0]}, but the pixels are 0 to {SENSOR - 1}")
-    if not (np.isin(p, (0, 1)).all() or np.isin(p, (-1, 1)).all()):
-        raise ValueError(f"polarities are 0 and 1, or -1 and 1, not {np.unique(p)[:5].tolist()}")
+    for name, values, known in (("x", x, range(SENSOR)), ("y", y, range(SENSOR)), ("polarity", p, (-1, 0, 1))):
+        if len(odd := np.setdiff1d(values, known)):
+            raise ValueError(f"the {name} of an event is {odd[0]}; it is from {known[0]} to {known[-1]}")
     order = np.argsort(t, kind="stable")[: len(t) // T * T]
     frame = np.arange(len(order)) // (len(t) // T)
     pixel = y.astype(np.int64) * SENSOR + x.astype(np.int64)

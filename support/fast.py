@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import sys
 from functools import lru_cache
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType, NoneType
 
 import torch
@@ -41,6 +42,12 @@ def first_derivative_only(backward):
     return staticmethod(checked)
 
 
+def dtype_of_products(x):
+    """bfloat16 in a network of `use_bfloat16`, else the type of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _LIF(torch.autograd.Function):
     """dL/du[t] = dL/ds[t] ds/du[t] + (1 - 1/tau) dL/du[t+1],  dL/dI[t] = dL/du[t]."""
 
@@ -49,12 +56,12 @@ class _LIF(torch.autograd.Function):
         leak = 1 - 1 / tau
         step = torch.empty_like(current[0])  # its layout in memory is kept, also where `current` is expanded over time
         u = current.new_empty_strided(current.shape, (step.numel(), *step.stride()))
-        spikes = torch.empty_like(u)
+        spikes = torch.empty_like(u, dtype=dtype_of_products(u))  # 0 and 1 are exact in 16 bits
         for t in range(current.shape[0]):
             if t == 0:
                 u[0].copy_(current[0])
             else:
-                torch.sub(u[t - 1], spikes[t - 1], alpha=threshold, out=u[t])
+                torch.sub(u[t - 1], spikes[t - 1].to(u.dtype), alpha=threshold, out=u[t])
                 torch.add(current[t], u[t], alpha=leak, out=u[t])
             torch.ge(u[t], threshold, out=spikes[t])
         ctx.save_for_backward(u)
@@ -65,7 +72,7 @@ class _LIF(torch.autograd.Function):
     def backward(ctx, grad_spikes):
         (u,) = ctx.saved_tensors
         grad = torch.sub(u, ctx.threshold).mul_(ctx.alpha).sigmoid_()  # sigma; then dL/ds ds/du in its place
-        torch.ops.aten.sigmoid_backward.grad_input(grad_spikes, grad, grad_input=grad)
+        torch.ops.aten.sigmoid_backward.grad_input(grad_spikes.to(grad.dtype), grad, grad_input=grad)
         grad.mul_(ctx.alpha)
         for t in reversed(range(len(u) - 1)):
             grad[t].add_(grad[t + 1], alpha=ctx.leak)
@@ -90,6 +97,7 @@ class _GainControl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, currents, w, b_e, eps):
         balanced, s_i = currents.flatten(0, -2).split([w.shape[0], w.shape[1]], 1)
+        w = w.to(currents.dtype)  # in bfloat16 the sums of products with W_EI have 16 bits too, the division has 32
         i_div = s_i @ w.t()
         if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
             sample = i_div.view(len(currents), -1)
@@ -102,7 +110,7 @@ class _GainControl(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, grad):
         balanced, s_i, i_div, w = ctx.saved_tensors
-        grad_currents = grad.new_empty(*grad.shape[:-1], sum(w.shape))
+        grad_currents = w.new_empty(*grad.shape[:-1], sum(w.shape))
         grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
         grad = grad.reshape(-1, w.shape[0])
         torch.div(grad, i_div, out=grad_balanced)  # both gradients go where one convolution's gradient is needed
@@ -113,23 +121,21 @@ class _GainControl(torch.autograd.Function):
 
 class FastCircuit(EICircuit):
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            w_ie, w_ei, g_i = self.inhibitory_parameters()
-            w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x
-            if not self.readout:  # g_E scales what the division scales
-                w = torch.cat([self.g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
-        currents = self.product(x, w).to(w.dtype)  # with torch.autocast in 16 bits, and nothing else
+        w_ie, w_ei, g_i = self.inhibitory_parameters()
+        w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x
+        if not self.readout:  # g_E scales what the division scales
+            w = torch.cat([self.g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
+        currents = self.product(x, w)
         with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
             currents.mul_(self.is_reached(x).to(currents.dtype))
         if self.readout:
-            return currents
-        with torch.autocast(x.device.type, enabled=False):
-            w_div = w_ei * g_i  # g_I goes with the synapse in place of the activity
-            if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
-                return _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
-            balanced, s_i = currents.split([self.n_e, self.n_i], 1)
-            b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
-            return ei_prop.divide(balanced, self.lateral(w_div, s_i), self.eps, self.ste) + b_e
+            return currents.to(w.dtype)
+        w_div = w_ei * g_i  # g_I goes with the synapse in place of the activity
+        if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
+            return _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
+        balanced, s_i = currents.split([self.n_e, self.n_i], 1)
+        b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
+        return ei_prop.divide(balanced.to(w.dtype), self.lateral(w_div, s_i), self.eps, self.ste) + b_e
 
 
 class FastCircuit2d(FastCircuit, EICircuit2d):
@@ -189,11 +195,19 @@ class FastAvgPool(AvgPool):
 
 
 class Bfloat16Network(Network):
-    """Convolutions and matrix products in 16 bits, in which spikes are exact; all else as it is."""
-
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16):
             return super().forward(x).float()
+
+
+def use_bfloat16(model):
+    """Has a network compute convolutions and matrix products in 16 bits, and all else as it is, in place. Parameters,
+    membrane potentials and the division keep 32 bits. Spikes are exact in 16."""
+    model.__class__ = Bfloat16Network
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    if next(model.parameters()).is_cpu and not (cpuinfo.exists() and "bf16" in cpuinfo.read_text()):
+        print("no bfloat16 instructions of this processor were found; without them a training step takes 2.2 times as")
+        print("long as in float32 (with AVX-512), or 15 times (with AVX2)")
 
 
 FORMS = {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgPool: FastAvgPool, Layer: FastLayer}
@@ -322,10 +336,10 @@ def edited(module):
     return changed | {f"{place}.{name}" for name in own}
 
 
-def accelerate(model, batch=None, precision="float32"):
+def accelerate(model, batch=None):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
     model: a network of `model.build` on its device, changed in place; parameters, names and random numbers stay.
-    batch: not looked at. precision: "bf16" for convolutions and matrix products in bfloat16.
+    batch: not looked at.
 
     Returns the functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
     computes is left in its plain form.
@@ -342,9 +356,76 @@ def accelerate(model, batch=None, precision="float32"):
                 module.__class__ = FORMS[type(module)]
     for file, function in sorted(name.split(".", 1) for name in differing):
         print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
-    if precision == "bf16" and type(model) is Network:
-        model.__class__ = Bfloat16Network
     return differing
+
+
+class Recorded:
+    """A training step of which CUDA keeps one graph: Python then starts the step, and not each of its 400 operations.
+
+    step(network, optimizer, x, y, *more) -> tensors: it trains on a GPU and reads no number there. The first calls run
+    it as it is, for the optimizer makes its state in them. Then it is recorded, and both ways are run from the same
+    state on the same batch. Where they differ, or recording fails, one line says so, and the step goes on as it is.
+    The optimizer's learning rates stay numbers; at each call they are copied to where the graph reads them.
+    """
+
+    EAGER_CALLS = 3
+
+    def __init__(self, step):
+        self.step, self.graph, self.calls = step, None, 0
+
+    def __call__(self, network, optimizer, x, y, *more):
+        self.calls += 1
+        if self.calls == self.EAGER_CALLS + 1:
+            return self.record(network, optimizer, x, y, *more)
+        if self.graph is None or x.shape != self.x.shape:
+            return self.step(network, optimizer, x, y, *more)
+        return self.replay(optimizer, x, y)
+
+    def replay(self, optimizer, x, y):
+        self.x.copy_(x)
+        self.y.copy_(y)
+        for rate, group in zip(self.rates, optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self.graph.replay()
+        return [value.clone() for value in self.out]  # the next replay writes to the same place
+
+    @torch.no_grad()
+    def record(self, network, optimizer, x, y, *more):
+        """Runs the step, records it, and compares. Returns what the step gives."""
+        # All that a step changes: parameters, running statistics, momentum.
+        of_optimizer = [value for values in optimizer.state.values() for value in values.values()]
+        state = [*network.parameters(), *network.buffers(), *filter(torch.is_tensor, of_optimizer)]
+        before = [value.clone() for value in state]
+        with torch.enable_grad():
+            out = self.step(network, optimizer, x, y, *more)
+        after = [value.clone() for value in state]
+        lr = [group["lr"] for group in optimizer.param_groups]
+        self.x, self.y, self.rates = x.clone(), y.clone(), [torch.tensor(float(rate)).to(x.device) for rate in lr]
+        try:
+            set_rates(optimizer, self.rates)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph), torch.enable_grad():
+                self.out = self.step(network, optimizer, self.x, self.y, *more)
+            set_rates(optimizer, lr)
+            torch._foreach_copy_(state, before)
+            found = self.replay(optimizer, x, y)
+            pairs = [*zip(found, out, strict=True), *zip(state, after, strict=True)]
+            if all((a.double() - b.double()).norm() <= 1e-3 * b.double().norm() for a, b in pairs):
+                return found
+            reason = "it gives other results"
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+        print(f"the training step is not recorded as a CUDA graph ({reason}), so it runs operation by operation")
+        self.graph = None
+        set_rates(optimizer, lr)
+        torch._foreach_copy_(state, after)
+        return out
+
+
+def set_rates(optimizer, rates):
+    """Gives each group of parameters its learning rate."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def keep_memory(keep=True):

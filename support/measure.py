@@ -37,11 +37,12 @@ def evaluate(model, x, y, batch_size=100):
     loss (NaN if a parameter is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step)
     of each layer."""
     T = getattr(model, "module", model).T  # of an averaged model, too
+    batch_size = batch_size if x.is_cpu else 1000  # a GPU is the faster the fewer operations it has to start
     batch_size = max(1, min(batch_size, 1000 // T))  # frames take memory in proportion to T
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
 
     def count(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
-        sums[2 + i] += spikes.mean() * spikes.shape[1]
+        sums[2 + i] += spikes.float().mean() * spikes.shape[1]
 
     parallel.same_buffers(model)
     if not is_finite(model):
@@ -111,9 +112,10 @@ def costs(model, x):
             local = sum(lateral) + (0 if module.readout else twice + module.n_i + 2 * n_e)
         spiking = bool(rows) and not isinstance(module, DANN)
         images = len(args[0]) if not rows and x.dim() == 4 else len(x)  # a still image counts once in the first layer
-        active = args[0] if spiking else torch.ones_like(args[0])
+        active = args[0].to(weight.dtype) if spiking else torch.ones_like(args[0])
         if weight.dim() == 4:  # how much activity reaches each position
-            active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
+            with torch.autocast(x.device.type, enabled=False):
+                active = F.conv2d(active, torch.ones_like(weight[:1]), stride=conv.stride, padding=conv.padding)
         synaptic = active.flatten(1).sum(1).cpu().double().sum().item() * (n_e + n_i) / images
         row = dict(layer="readout" if module is model.readout else str(len(rows) + 1), firing_rate=None)
         row["accumulates"] = synaptic if spiking else 0.0
@@ -124,7 +126,7 @@ def costs(model, x):
         rows.append(row | dict(neurons_e=out[0].numel(), neurons_i=n_i * out[0].numel() // n_e))
 
     def fire(layer, args, spikes):
-        rows[-1]["firing_rate"] = spikes.mean().item()
+        rows[-1]["firing_rate"] = spikes.float().mean().item()
 
     counted = [*(layer.circuit for layer in layers(model)), model.readout]
     hooks = [module.register_forward_hook(count) for module in counted]

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import re
 import sys
 from os.path import commonprefix
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
 from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, parallel, recipes
+from support import data, explained, parallel, recipes
 from support.fast import accelerate
 from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
@@ -83,21 +84,17 @@ def state_of(model, frames=False):
 
 
 def package(name):
-    try:
+    with explained("the authors' files need packages more: pip install -r requirements-official.txt"):
         return importlib.import_module(name)
-    except ImportError:
-        raise ValueError("the authors' files need packages more: pip install -r requirements-official.txt") from None
 
 
 def read(path):
     """The tensors of their file, or of that in a folder: a dict. What is before all names ("module.") is cut."""
     path, load_bytes = Path(path).expanduser(), package("safetensors.torch").load
     path = path / "model.safetensors" if path.is_dir() else path
-    content = data.contents(path)
-    try:
+    content = data.content_of(path)
+    with explained(f"{path} is damaged or no safetensors file, a pickle is not read"):
         tensors = load_bytes(content)
-    except Exception as error:  # the package's own exception is a plain one
-        raise ValueError(f"{path} is damaged or no safetensors file (a pickle is not read): {error}") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or (not name.endswith("bias") and (tensor < 0).any()):
             raise ValueError(f"{path}: {name!r} has values that are not finite, or below 0, which Dale's law forbids")
@@ -122,26 +119,24 @@ def fill(model, tensors):
 
 def describe(tensors, image_size=32):
     """What `model.build` is to be told of a file's network. Its poolings are where the paper has them."""
-    ends = ("conv_ee.weight", "weight_ee")
-    w_ee = {name: tensor for name, tensor in tensors.items() if name.endswith(ends) and tensor.dim() in (2, 4)}
-    if "conv1.conv_ee.weight" in w_ee and "fc.weight_ee" in w_ee:
-        arch, plan, first, last = "resnet18", None, w_ee["conv1.conv_ee.weight"], w_ee["fc.weight_ee"]
-    elif len(w_ee) > 1 and all(name.split(".")[1].isdigit() for name in w_ee):
-        first, *between, last = [w_ee[name] for name in sorted(w_ee, key=lambda name: int(name.split(".")[1]))]
-        sizes = [len(first), *map(len, between)]
-        depths = {len(PLANS[f"vgg{n}"]) - 5: f"vgg{n}" for n in (8, 11, 16, 19)}
-        arch = "mlp" if first.dim() == 2 else depths.get(len(sizes))
-        if arch is None:
-            raise ValueError(f"{len(sizes)} convolutions are no E-I network of the authors")
-        left = iter(sizes)
-        plan = sizes if arch == "mlp" else [n if n == "P" else next(left) for n in PLANS[arch]]
-        plan = None if plan == PLANS[arch] else plan
+    names = [name for name in tensors if re.fullmatch(r"layers\.\d+\.(conv_ee\.weight|weight_ee)", name)]
+    names.sort(key=lambda name: int(name.split(".")[1]))
+    if "fc.weight_ee" in tensors:
+        arch, names = "resnet18", ["conv1.conv_ee.weight", "fc.weight_ee"]
+    elif len(names) > 1 and tensors[names[0]].dim() == 2:
+        arch = "mlp"
     else:
-        raise ValueError("there is no E-I network of the authors in it")
-    n_i = next((len(t) for n, t in tensors.items() if "_ie" in n and t.shape[1:] == first.shape[1:]), len(first))
+        arch = {6: "vgg8", 9: "vgg11", 14: "vgg16", 17: "vgg19"}.get(len(names))
+    if arch is None:
+        raise ValueError(f"{len(names)} layers are no E-I network of the authors")
+    first, *between, last = [tensors[name] for name in names]
+    sizes = iter([len(first), *map(len, between)])
+    plan = list(sizes) if arch == "mlp" else [n if n == "P" else next(sizes, n) for n in PLANS[arch]]
+    plan = None if plan == PLANS[arch] else plan
     channels = first.shape[1] // image_size**2 if arch == "mlp" else first.shape[1]
-    ei_ratio = max(1, len(first) // max(1, n_i))
-    return dict(arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=ei_ratio)
+    w_ei = max((tensor for name, tensor in tensors.items() if name.endswith("weight_ei")), key=len)  # (n_E, n_I)
+    ratio = w_ei.shape[0] // w_ei.shape[1]
+    return dict(arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=ratio)
 
 
 def load(path, arch=None, **options):
@@ -175,33 +170,26 @@ def fetch(name):
     if name not in PUBLISHED:
         raise ValueError(f"{name!r} is no folder and none of the published networks: {', '.join(PUBLISHED)}")
     download = package("huggingface_hub").hf_hub_download
-    try:
-        for file in ("config.json", "model.safetensors"):
-            path = download(REPOSITORY, file, subfolder=name)
-    except Exception as error:  # of several packages: no network, a proxy, a full disk
-        there = f"huggingface.co/{REPOSITORY}/tree/main/{name}"
-        raise OSError(f"get both files of {there}, and give --official FOLDER: the download failed ({error})") from None
-    return Path(path).parent
+    there = f"huggingface.co/{REPOSITORY}/tree/main/{name}"
+    with explained(f"get both files of {there}, and give --official FOLDER: the download failed"):
+        download(REPOSITORY, "config.json", subfolder=name)
+        return Path(download(REPOSITORY, "model.safetensors", subfolder=name)).parent
 
 
 def settings_of(folder, plan, args):
     """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    try:
-        theirs = json.loads(data.contents(folder / "config.json"))
-        arch, dataset = str(theirs.get("arch")).lower(), str(theirs.get("dataset")).lower()
-        arch = arch if arch == "mlp" else f"{arch}{theirs.get('num_layers')}"
-        said = dict(arch=arch, data=DATA.get(dataset, dataset))
+    with explained(f"{folder / 'config.json'} cannot be used"):
+        theirs = json.loads(data.content_of(folder / "config.json"))
+        arch, dataset = theirs["arch"].lower(), theirs["dataset"].lower()
+        said = dict(arch=arch if arch == "mlp" else f"{arch}{theirs['num_layers']}", data=DATA.get(dataset, dataset))
         neuron = NEURON | {key: theirs[key] for key in ("tau", "v_threshold", *NEURON) if key in theirs}
         neuron |= theirs.get("neuron_config", {}) | theirs.get("neuron", {})
-        said.update(tau=neuron.pop("tau", 2.0), threshold=neuron.pop("v_threshold", 1.0))
-        said.update(T=theirs.get("T"), ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
+        said.update(tau=float(neuron.pop("tau", 2)), threshold=float(neuron.pop("v_threshold", 1)))
+        said.update(T=theirs["T"], ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:
             raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
-        parsed = recipes.parse([f"--{key.replace('_', '-')}={given.get(key, said[key])}" for key in said])
-    except Exception as error:  # a foreign file fails in many ways
-        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
-    return recipes.settings(argparse.Namespace(**vars(parsed) | given))
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return recipes.settings(argparse.Namespace(**said | given))
 
 
 def command(args, device):
@@ -218,7 +206,7 @@ def command(args, device):
     with contextlib.closing(run):
         header(config, dataset, model, device)
         if not args.plain:
-            accelerate(model, precision=config["precision"])
+            accelerate(model)
         _, accuracy, _ = evaluate(model, dataset.test_x, dataset.test_y)
         run.data = data.identity(dataset)
         run.keep_best(model, 0, accuracy)
@@ -236,7 +224,7 @@ def theirs_like(model, folder, bn=False):
     how = dict(T=model.T, num_layers=depth, in_channels=model.in_channels, n_outputs=model.readout.n_e)
     how.update(neuron_config=dict(tau=2.0), light_classifier=True, dropout=0.0, seq_input=False)
     sys.path.insert(0, str(folder))
-    try:
+    with explained(f"{folder} is no checkout of github.com/{REPOSITORY} that runs"):
         vgg, optimizers = (importlib.import_module(name) for name in ("models.vgg", "modules.optimizers"))
         reset = importlib.import_module("spikingjelly.activation_based.functional").reset_net
         vgg.layer_config[depth] = plan
@@ -252,11 +240,6 @@ def theirs_like(model, folder, bn=False):
         groups = [dict(params=p, clamped="bias" not in n and not bn) for n, p in network.named_parameters()]  # to >= 0
         network.sgd = optimizers.EiSGD(groups, **SGD)
         return network
-    except Exception as error:  # another program, another version, a missing package
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder} is no checkout of github.com/{REPOSITORY} that runs ({reason})") from None
-    finally:
-        sys.path.remove(str(folder))
 
 
 def compare(folder, steps=100, width=0.25, batch_size=16):

@@ -7,18 +7,18 @@ import os
 import torch
 import torch.distributed as dist
 
+from support import explained
+
 
 def pick_device(name=None):
     """The device by name, else CUDA, else the CPU; with torchrun each process's own. ValueError: it cannot be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with explained(f"--device {name} cannot be used"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).strip().partition(chr(10))[0]}") from None
     return device
 
 
@@ -48,17 +48,12 @@ def joined(device):
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the `with` block before the others, which read what it wrote. If it fails, they do too."""
-    failed = [True]
     if rank():
-        dist.broadcast_object_list(failed)
-        if failed[0]:
-            raise ValueError("the first process failed")
-    try:
-        yield
-        failed[0] = False
-    finally:
-        if world() > 1 and not rank():
-            dist.broadcast_object_list(failed)
+        with explained("the first process failed"):
+            dist.barrier()
+    yield
+    if world() > 1 and not rank():
+        dist.barrier()
 
 
 def share(x):

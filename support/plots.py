@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
@@ -151,8 +150,8 @@ def plane(axis, rates, y, n_classes, title):
     axis.scatter(*projected.T, c=y, cmap="viridis", s=6, lw=0)
     if n_classes <= 10:
         for label in np.unique(y):
-            text = axis.annotate(str(label), projected[y == label].mean(0), ha="center", va="center")
-            text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # to be read on top of points
+            box = dict(boxstyle="circle,pad=0.1", fc="white", lw=0, alpha=0.7)  # to be read on top of points
+            axis.annotate(str(label), projected[y == label].mean(0), ha="center", va="center", bbox=box)
     axis.set(title=f"{title} ({explained:.0%} of the variance)", xlabel="PC 1", ylabel="PC 2", xticks=[], yticks=[])
     return projected
 

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -67,7 +66,7 @@ class Progress:
         self.recorded = state["histograms"]
         self.sums[:3] = torch.tensor(state["sums"])
         print(f"{run.folder} goes on at step {self.step}, with {len(self.history)} epochs behind it")
-        run.write_tables(self.history, self.recorded)
+        run.write_tables(self.history)
 
     def _save(self, sums=(0.0, 0.0, 0.0), seconds=0.0):
         """sums, seconds: of an epoch that is not at its end."""
@@ -95,9 +94,9 @@ class Progress:
         order = data.epoch_order(self.config, self.dataset, epoch)
         first, self.start, self.spent = self.step % len(order), time.perf_counter() - self.spent, 0.0
         self.interrupted = True
-        rest = 0 if sys.stderr.isatty() else 60  # seconds; in a file or a notebook the bar is not drawn so often
         how = dict(desc=f"epoch {epoch + 1}/{self.config['epochs']}", total=len(order), initial=first, leave=False)
-        with tqdm(**how, disable=parallel.rank() > 0, delay=rest, mininterval=max(rest, 0.1)) as bar:
+        how |= dict(unit=" images", unit_scale=order.shape[1])
+        with tqdm(**how, disable=parallel.rank() > 0 or None) as bar:  # None: only where there is a terminal
             for i in range(first, len(order)):
                 self.x, self.y = data.training_batch(self.config, self.dataset, order[i], self.step)
                 yield self.step, parallel.share(self.x), parallel.share(self.y)
@@ -109,16 +108,13 @@ class Progress:
                 if finite < i + 1:
                     self._break()
                     return
-                seconds = time.perf_counter() - self.start
-                rate = (i + 1) * len(self.y) / seconds
-                how_far = f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}, {rate:.0f} images/s"
-                bar.set_postfix_str(how_far, refresh=False)
+                bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}", refresh=False)
                 bar.update(i + 1 - bar.n)
                 if stopped:
                     self.stopped = (self.signals or [signal.SIGTERM])[0]  # or of another process
                     if i + 1 < len(order):
                         if is_finite(self.model):
-                            self._save((loss, accuracy, finite), seconds)
+                            self._save((loss, accuracy, finite), time.perf_counter() - self.start)
                         else:
                             self._break()
                         return
@@ -151,14 +147,9 @@ class Progress:
         if self.give_up and 3 * epoch >= self.config["epochs"] > epoch:
             accuracies = [row["test_accuracy"] for row in self.history]
             self.given_up = outcome(accuracies, self.dataset.chance) == "failed to converge"
-        if self.run.after_epoch:
-            self.run.after_epoch(self.history)
 
     def finish(self):
         """Says and writes how the training ended. Returns the number of the signal that stopped it, else None."""
-        if self.stopped:
-            return self.stopped
-        if self.broken:
-            epoch = len(self.history) + 1
-            print(f"epoch {epoch}: a number is not finite; first layer with such values: {self.broken}")
-        return self.run.finish(self.history, self.dataset.chance, self.broken, self.given_up)
+        if not self.stopped:
+            self.run.finish(self.history, self.dataset.chance, self.broken, self.given_up)
+        return self.stopped

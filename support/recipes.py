@@ -5,8 +5,6 @@ import contextlib
 import io
 import os
 import re
-import shlex
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -69,11 +67,8 @@ def recipe(data, arch, kind):
 
 def table():
     """`RECIPES` as lines of text."""
-    lines = ["Each row says what differs from the rows above it, for what it names; * is all.", ""]
-    for *names, differing in [("data", "arch", "kind", {}), *RECIPES]:
-        said = " ".join(f"{key}={value:.4g}" for key, value in differing.items())
-        lines.append("{:25}{:16}{:13}".format(*names) + said)
-    return lines
+    rows = [("data", "arch", "kind", "what differs from the rows above it; * is all"), *RECIPES]
+    return ["{:25}{:16}{:13}{}".format(*row) for row in rows]
 
 
 def settings(args):
@@ -98,12 +93,14 @@ def settings(args):
     return config
 
 
+SETTINGS = list(settings(argparse.Namespace()))  # their names
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are ValueErrors of one line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, allow_abbrev=False)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-6 is a bad value, not an unknown option
 
     def error(self, message):
         raise ValueError(message)
@@ -141,24 +138,11 @@ def folder(text):
     return Path(text).expanduser()
 
 
-def layer_sizes(text):
-    """A plan of layers as one word, 16-P-32-P. Empty: the architecture's own."""
-    words = re.findall(r"[^\s,-]+", text)
-    if not all(word == "P" or (re.fullmatch("[0-9]+", word) and 0 < int(word) <= 10**6) for word in words):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no list of layer sizes and P")
-    return "-".join(words)
-
-
-def plan_of(config):
-    """The plan of a run's settings as `model.build` takes it."""
-    return [word if word == "P" else int(word) for word in config["plan"].split("-")] if config["plan"] else None
-
-
 def add_settings(p):
     """The options that are settings of a run. What is not given is None; `settings` fills it in from the recipe."""
     yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
-    p.add_argument("--plan", type=layer_sizes, help='other layers, e.g. "16 P 32 P"')
+    p.add_argument("--plan", type=lambda text: "-".join(re.findall(r"[^\s,-]+", text)), help='layers, "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
     p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
@@ -234,16 +218,13 @@ class Forgiving:
     def write(self, text):
         try:
             self.stream.write(text)
-        except (OSError, ValueError):  # ValueError: it is closed
-            pass
-        return len(text)
-
-    def flush(self):
-        try:
             self.stream.flush()
         except (OSError, ValueError):  # what is left goes nowhere, or Python would complain at its end
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """Every `write` has done it."""
 
     def __getattr__(self, name):  # encoding, fileno, isatty, ...
         return getattr(self.stream, name)
@@ -259,19 +240,10 @@ def status(command, rank="0"):
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:1000]
-        if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", said):
-            said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
-        elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
-            raise  # an error of the program
+        said = " ".join(str(error).split())[:1000] or "not enough memory"
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|home directory", said):
+            raise  # an error of the program; that of a path ~nobody/... is none
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         sys.stdout, sys.stderr = before
-
-
-def quoted(path):
-    """A path as part of a command that is to be typed, in the shell at hand."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))

@@ -1,11 +1,11 @@
 """The run folder: what a training writes, so that it can be stopped and goes on where it was.
 
-    checkpoint.pt       the whole state of the training, at the end of an epoch or where it was stopped
+    checkpoint.pt       the whole state of the training, at the end of an epoch or where it was stopped, with the
+                        distributions of I_int and u (`measure.histograms`) at the start and after each epoch
     checkpoint.prev.pt  the one before, for when that one turns out to be damaged
     best.pt             the network of the epoch with the best test accuracy
     config.json         every setting, and a fingerprint of the equations with which the run was begun
     metrics.csv         a line an epoch
-    histograms.json     I_int and u of each layer (`measure.histograms`), at the start and after each epoch
     result.json         the outcome, when the run has ended
     .lock               held by the process that trains; the system frees it when that process ends, however it ends
 
@@ -23,7 +23,6 @@ import time
 import zipfile
 from contextlib import suppress
 from itertools import count
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,8 @@ from filelock import FileLock, Timeout
 
 import ei_init
 import model as networks
-from support import data, parallel, recipes
-from support.fast import checksum
-from support.measure import BINS
+from support import data, explained, parallel, recipes
+from support.fast import checksum, use_bfloat16
 from support.recipes import FULL, LACKS, WHAT
 
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
@@ -81,23 +79,23 @@ class Run:
     """A run folder. `create` makes a new one and `resume` goes on with one: both keep it from other processes until
     `close`. `Run(folder)` alone reads, also while another process trains.
 
-    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`). after_epoch: a
-    function of the history, called after each epoch, or None. ValueError, OSError: no such run, or a damaged one.
+    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`).
+    ValueError, OSError: no such run, or a damaged one.
     """
 
     def __init__(self, folder, config=None):
         self.folder = Path(folder).expanduser()
-        self.quoted = recipes.quoted(self.folder)
-        self.data = self.after_epoch = self._lock = None
-        self._damaged, self.config, self.equations = False, config, {}
+        self.quoted = f'"{self.folder}"' if " " in str(self.folder) else str(self.folder)  # for commands to be typed
+        self.data = self._lock = None
+        self.config, self.equations = config, {}
         if config is None:
             self.config = self._read_config()
 
     def _read_config(self):
         path = self.folder / "config.json"
         try:
-            config = json.loads(data.contents(path))
-            self.equations = config.pop("equations", {})
+            config = json.loads(data.content_of(path))
+            self.equations = dict(config.pop("equations", {}))
             return checked(config)
         except Exception as error:  # a damaged file fails in many ways
             if not saved(self.folder):
@@ -111,8 +109,8 @@ class Run:
         first of folder-2, folder-3, ... that is free."""
         for n in count(1):
             run = cls(folder if n == 1 else f"{folder}-{n}", config)
+            run.folder.mkdir(parents=True, exist_ok=True)
             try:
-                run.folder.mkdir(parents=True, exist_ok=True)
                 run.lock()
                 if parallel.rank() or not holds_run(run.folder):
                     run.equations = equations()
@@ -122,8 +120,6 @@ class Run:
             except ValueError:
                 if not choose:
                     raise
-            except OSError as error:
-                raise OSError(f"cannot make the run folder {run.folder}: {error.strerror}") from None
 
     def lock(self):
         """Keeps the folder from other processes until `close`, or until the process is gone."""
@@ -166,8 +162,7 @@ class Run:
 
     def say_other_equations(self):
         """One line if the concept files are not those with which the run was begun, as far as it knows them."""
-        known = self.equations if isinstance(self.equations, dict) else {}
-        if other := [file for file, now in equations().items() if known.get(file, now) != now]:
+        if other := [file for file, now in equations().items() if self.equations.get(file, now) != now]:
             print(f"other equations than those with which {self.folder} was begun: {', '.join(other)} changed since")
 
     def _write(self, name, content, keep=None):
@@ -184,16 +179,13 @@ class Run:
 
     def save(self, state):
         """Writes the state of the training, keeping the one before, and the tables that follow from it."""
-        keep = None if self._damaged else PREVIOUS  # an intact one before a damaged one stays
-        self._write(CHECKPOINT, state | dict(config=self.config, data=self.data), keep)
-        self._damaged = False
-        self.write_tables(state["history"], state["histograms"])
+        self._write(CHECKPOINT, state | dict(config=self.config, data=self.data), keep=PREVIOUS)
+        self.write_tables(state["history"])
 
-    def write_tables(self, history, histograms):
-        """Writes metrics.csv, histograms.json and config.json. A result.json of fewer epochs goes."""
+    def write_tables(self, history):
+        """Writes metrics.csv and config.json. A result.json of fewer epochs goes."""
         table = [list(history[0]), *(row.values() for row in history)] if history else []
         self._write("metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
-        self._write("histograms.json", json.dumps(histograms).encode() + b"\n")
         self._write("config.json", self.config | dict(equations=self.equations))
         if self._lock and len(history) < self.config["epochs"]:
             (self.folder / "result.json").unlink(missing_ok=True)
@@ -209,26 +201,21 @@ class Run:
         ValueError: no such file is intact, or it is of something else. Nothing in it is executed."""
         path = self.folder / name
         try:
-            with zipfile.ZipFile(io.BytesIO(data.contents(path))) as archive:
-                if archive.testzip():
-                    raise ValueError("its checksum is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            then = checked(state["config"])
+            content = data.content_of(path)
+            if zipfile.ZipFile(io.BytesIO(content)).testzip():
+                raise ValueError("its checksum is wrong")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            checked(state["config"])
             if ("optimizer" in state) == (name == BEST) or not {"model", "data"} <= state.keys():
                 raise ValueError(f"it is no {name}")
-            for key, value in (self.config or {}).items():
-                if key not in ("data_root", "epochs") and value != then[key]:
-                    raise ValueError(f"it was saved with {key}={then[key]}, but config.json says {value}")
             return state
         except FileNotFoundError:
-            advice = f"; python train.py --resume {self.quoted} writes it after an epoch"
-            said = f"there is no {path}" + advice * (name == BEST and saved(self.folder))
+            said = f"there is no {path}: it is written after an epoch"
         except Exception as error:  # a foreign file fails in many ways
-            said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:200]})"
+            said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:300]})"
         if name != CHECKPOINT or not (self.folder / PREVIOUS).exists():
             raise ValueError(said)
         print(f"{said}; the one before is used")
-        self._damaged = True
         return self.load(PREVIOUS)
 
     def finish(self, history, chance, broken=None, given_up=False):
@@ -236,6 +223,8 @@ class Run:
         accuracies = [row["test_accuracy"] for row in history]
         said = outcome(accuracies, chance, nonfinite=broken is not None)
         result = dict(outcome=said, first_nonfinite_layer=broken, given_up=given_up)
+        if broken:
+            print(f"epoch {len(history) + 1}: a number is not finite; first layer with such values: {broken}")
         if history:
             best, seconds = max(history, key=lambda row: row["test_accuracy"]), sum(row["seconds"] for row in history)
             result |= dict(test_accuracy=accuracies[-1], best_test_accuracy=best["test_accuracy"])
@@ -248,9 +237,8 @@ class Run:
 
 def checked(config):
     """These settings. They are not those of a run of this version of the program: a ValueError."""
-    odd = config.keys() ^ recipes.settings(recipes.parse([])).keys()
-    if odd or not isinstance(config["epochs"], int) or not isinstance(config["data_root"], str):
-        raise ValueError(f"damaged, or of another version: see its {min(odd, default='epochs and data_root')}")
+    if odd := config.keys() ^ recipes.SETTINGS:
+        raise ValueError(f"damaged, or of another version: see its {min(odd)}")
     return config
 
 
@@ -271,13 +259,10 @@ def fitting(optimizer):
 
 def restore(module, state, path):
     """Loads a state dict into a network or an optimiser; one that does not fit is a ValueError that names `path`."""
-    try:
+    with explained(f"{path} is of another network or optimiser than config.json and train.py"):
         if isinstance(module, torch.optim.Optimizer) and state.get("of", fitting(module)) != fitting(module):
             raise ValueError("it was trained with another optimiser")
         module.load_state_dict(state)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} is of another network or optimiser than config.json and train.py: {reason}") from None
 
 
 def load_data_and_model(config, device):
@@ -286,9 +271,13 @@ def load_data_and_model(config, device):
     dataset = data.load(config["data"], *how)
     torch.manual_seed(config["seed"])
     names = ("T", "image_size", "width", *networks.NEURON_OPTIONS, *networks.CIRCUIT_OPTIONS["ei"])
-    options = {name: config[name] for name in names} | dict(kind=config["kind"], plan=recipes.plan_of(config))
+    plan = [int(word) if word.isdecimal() else word for word in config["plan"].split("-") if word]
+    options = {name: config[name] for name in names} | dict(kind=config["kind"], plan=plan or None)
     model = networks.build(config["arch"], dataset.in_channels, dataset.n_classes, **options)
-    return dataset, model.to(device)
+    model.to(device)
+    if config["precision"] == "bf16":
+        use_bfloat16(model)
+    return dataset, model
 
 
 def prepare(config, dataset, model):
@@ -317,58 +306,40 @@ OWN = ("lr", "weight_decay", "warmup_epochs", "warmup_from", "clip_norm")
 
 
 def read(run, name, take):
-    """take(what is in a CSV or JSON file of a run). One that is missing or damaged is a ValueError of one line."""
-    try:
-        with io.StringIO(data.contents(run.folder / name).decode()) as file:
-            found = json.load(file) if name.endswith("json") else list(csv.DictReader(file))
-            if not found and file.tell():
-                raise ValueError("there is nothing in it")
-            return take(found)
-    except FileNotFoundError:
-        reason = f"{run.folder} has no {name}"
-    except Exception as error:  # a damaged file fails in many ways
-        reason = f"{run.folder / name} is damaged ({type(error).__name__}: {error})"
-    again = f"python train.py --resume {run.quoted} writes it"
-    if not saved(run.folder):
-        again = "there is no checkpoint to write it again, or it has no history: its network was trained elsewhere"
-    raise ValueError(f"{reason}: {again}")
+    """take(the text of a file of a run). One that is missing or damaged is a ValueError of one line."""
+    with explained(f"{run.folder / name} is missing or damaged, --resume {run.quoted} writes it from a checkpoint"):
+        return take(data.content_of(run.folder / name).decode())
 
 
 def result_of(run):
     """What became of a run, in words, and its `metrics`."""
-    return read(run, "result.json", lambda result: result["outcome"].strip()), metrics(run)
+    return read(run, "result.json", lambda text: json.loads(text)["outcome"]), metrics(run)
 
 
 def metrics(run):
     """metrics.csv: a dict of numbers for each epoch. The list is empty if the first epoch was not finite."""
 
-    def numbers(row):
-        found = {key: float(row[key]) for key in ("train_loss", "test_loss", "test_accuracy")}
-        if not np.isfinite(list(found.values())).all():
-            raise ValueError("a number is not finite")
-        return dict(epoch=int(row["epoch"])) | found
+    def numbers(text):
+        rows, names = list(csv.DictReader(io.StringIO(text))), ("train_loss", "test_loss", "test_accuracy")
+        found = [dict(epoch=int(row["epoch"])) | {name: float(row[name]) for name in names} for row in rows]
+        if text and not (rows and np.isfinite([list(row.values()) for row in found]).all()):
+            raise ValueError("there is nothing in it, or a number is not finite")
+        return found
 
-    return read(run, "metrics.csv", lambda rows: [numbers(row) for row in rows])
+    return read(run, "metrics.csv", numbers)
 
 
 def histograms(run):
-    """histograms.json as an array of counts: (epochs + 1, layers, 2, bins). The 2 are I_int and u."""
-
-    def counts(epochs):
-        found = np.array([list(map(itemgetter("i_int", "u"), layers)) for layers in epochs], dtype=float)
-        if found.shape[2:] != (2, BINS["n"]) or not np.isfinite(found).all():
-            raise ValueError("not the counts of this version")
-        return found
-
-    return read(run, "histograms.json", counts)
+    """The histograms in a run's checkpoint, of I_int and u, as an array of counts: (epochs + 1, layers, 2, bins)."""
+    epochs = run.load()["histograms"]
+    return np.array([[(layer["i_int"], layer["u"]) for layer in layers] for layers in epochs], dtype=float)
 
 
 def data_of(run):
     """What a run remembers of its data, see `data.identity`."""
     if not (run.folder / "result.json").exists():  # an epoch has ended, but not the training
         return run.load(BEST)["data"]
-    parts = ("classes", "shape", "train", "test")
-    return read(run, "result.json", lambda result: {part: result["data"][part] for part in parts})
+    return read(run, "result.json", lambda text: json.loads(text)["data"])
 
 
 def differing(run, other):
@@ -390,8 +361,7 @@ class Runs:
 
     def __init__(self, args):
         self.folder, self.found, one = Path(args.runs), [], holds_run(args.runs)
-        names = recipes.settings(recipes.parse([]))
-        self.given = {key: vars(args)[key] for key in names if vars(args)[key] is not None}
+        self.given = {key: vars(args)[key] for key in recipes.SETTINGS if vars(args)[key] is not None}
         root = self.given.pop("data_root", None)
         for path in [self.folder] if one else sorted(filter(holds_run, self.folder.glob("*/"))):
             try:
@@ -412,9 +382,7 @@ class Runs:
         fitting = [run for run in self.found if method.items() <= run.config.items()]
         if not fitting:
             said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
-            out = recipes.quoted(self.folder.parent if holds_run(self.folder) else self.folder)
-            how = f"python reproduce.py --out {out}, with the options of the others"
-            raise ValueError(f"{self.folder} has no run with {said}: {how}")
+            raise ValueError(f"{self.folder} has no run with {said}: reproduce.py trains it, with the others' options")
         best = max(fitting, key=lambda run: sum(run.config[key] == value for key, value in WHAT.items()))
         if len(fitting) > 1:
             print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")

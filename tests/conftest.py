@@ -1,12 +1,15 @@
 """What several tests share: golden files, relative error, what a concept file prints."""
 
 import runpy
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and a training leaves it so; some tests send it
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 torch.set_num_threads(1)  # small networks are fastest so, and the other core is free
 
 

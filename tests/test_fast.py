@@ -1,6 +1,7 @@
 """The fused forms equal the plain ones, and stand only for the text that this was shown for."""
 
 import ast
+import contextlib
 import copy
 import functools
 import importlib
@@ -12,17 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 from torch import nn
 
 import baselines
 import ei_prop
 import inhibition
 import lif
+from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 from model import ARCHS, KINDS, AvgPool, Layer, Network, build, circuits, layers
 from support import fast
-from support.fast import FINGERPRINTS, FORMS, FastLIF, accelerate
+from support.fast import FINGERPRINTS, FORMS, FastLIF, Recorded, accelerate, use_bfloat16
+from support.measure import evaluate
+from train import train_step
 
 ROOT = Path(__file__).parents[1]
 GPU = pytest.param("cuda", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -43,7 +48,7 @@ def results(form, x):
     still = x.stride(0) == 0 and len(x) > 1
     leaf = (x[0] if still else x).detach().clone().requires_grad_()
     out = form(leaf.expand(x.shape) if still else leaf)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype).to(out)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out)
     gradients = torch.autograd.grad(out, [leaf, *form.parameters()], grad, materialize_grads=True)
     return [out, *gradients, *(buffer.double() for buffer in form.buffers())]
 
@@ -115,6 +120,113 @@ def test_fused_equals_plain(arch, options, device, monkeypatch):
         if isinstance(module, EICircuit | LIF | AvgPool) or options.get("ste", True):
             alive.append(assert_equal(module, x))
     assert sum(alive) > 0.7 * len(alive)
+
+
+@DEVICES
+def test_bfloat16(device):
+    """Spikes and zeros of I_div are exact. All else is that of 32 bits within what 16 bits round away."""
+    model = build("vgg8", width=0.2).to(device)
+    batch = torch.rand(4, 3, 32, 32, device=device)
+    batch[0], batch[1, ..., :9] = 0, 0  # a silent sample, and silent positions
+    initialize(model, batch)
+    use_bfloat16(model)
+    inputs = {module: x for module, x in inputs_of(model, batch).items() if isinstance(module, EICircuit | LIF)}
+    accelerate(model)
+    for module, x in inputs.items():
+        high = results(module, x)
+        with torch.autocast(device, torch.bfloat16):
+            low = results(module, x)
+        assert relative_error(low[0], high[0]) < 0.02
+        for a, b in zip(low[1:], high[1:], strict=True):
+            assert (a - b).norm() <= 0.05 * b.norm()
+        if isinstance(module, LIF):  # the membrane has 32 bits
+            assert low[0].dtype == torch.bfloat16 and torch.equal(low[0].float(), high[0]) and high[0].any()
+        elif not module.readout:
+            assert low[0].dtype == torch.float32
+            silent = module.currents(x)["i_ee"] == 0
+            assert silent.any() and torch.equal(low[0][silent], high[0][silent])  # b_E
+    counted = []
+    for layer in layers(model):
+        layer.register_forward_hook(lambda _, x, spikes: counted.append(spikes.double().mean().item()))
+    _, _, rates = evaluate(model, (batch * 255).byte(), torch.arange(4, device=device))
+    assert rates == pytest.approx(counted, rel=1e-5) and min(rates) > 0
+    assert {p.dtype for p in model.parameters()} == {model(batch).dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("flags, lines", [("flags : avx512_bf16", 0), ("Features : i8mm bf16", 0), ("flags : avx2", 2)])
+def test_a_processor_without_bfloat16_is_told(flags, lines, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: flags)
+    use_bfloat16(build("mlp"))
+    assert capsys.readouterr().out.count("\n") == lines
+
+
+def trained(recorded, device="cpu", steps=8):
+    """The parameters of a small network after some steps with a changing learning rate, and what each step gave."""
+    torch.manual_seed(0)
+    model = build("vgg8", width=0.1, T=2).to(device)
+    x, y = torch.rand(steps, 8, 3, 32, 32).to(device), torch.randint(10, (steps, 8)).to(device)
+    initialize(model, x[0])
+    accelerate(model)
+    optimizer = torch.optim.SGD([dict(params=[p], lr=0.1) for p in model.parameters()], momentum=0.9, fused=True)
+    step, gave = recorded(train_step), []
+    for i in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (i + 1)
+        gave += [value.clone() for value in step(model, optimizer, x[i], y[i], 1.0)]
+    assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
+    return [*model.parameters(), *gave]
+
+
+class Emulated(Recorded):
+    """Recording as on a GPU: what is recorded does not run, only what is replayed. `fault`: what goes wrong in it."""
+
+    fault = ""
+
+    def record(self, network, optimizer, x, y, *more):
+        self.optimizer, self.run = optimizer, lambda: self.step(network, optimizer, self.x, self.y, *more)
+        self.state = [*network.parameters(), *(value["momentum_buffer"] for value in optimizer.state.values())]
+        return super().record(network, optimizer, x, y, *more)
+
+    @contextlib.contextmanager
+    def recording(self, graph):
+        assert all(type(group["lr"]) is torch.Tensor for group in self.optimizer.param_groups)
+        before = [value.clone() for value in self.state]
+        yield
+        torch._foreach_copy_(self.state, before)
+        if self.fault == "error":
+            raise RuntimeError("operation not permitted\nmore")
+
+    def play(self):
+        fast.set_rates(self.optimizer, [rate.item() * (1.5 if self.fault == "other" else 1) for rate in self.rates])
+        with torch.enable_grad():
+            torch._foreach_copy_(self.out, list(self.run()))
+
+
+@pytest.mark.parametrize(
+    "fault, said", [("", ""), ("error", "(operation not permitted)"), ("other", "(it gives other")]
+)
+def test_a_recorded_step_is_the_step(fault, said, monkeypatch, capsys):
+    made = []
+
+    def recorded(step):
+        made.append(Emulated(step))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=made[0].play))
+        monkeypatch.setattr(torch.cuda, "graph", made[0].recording)
+        return made[0]
+
+    monkeypatch.setattr(Emulated, "fault", fault)
+    for found, wanted in zip(trained(recorded), trained(lambda step: step), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == bool(said) and (made[0].graph is None) == bool(said)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_on_a_gpu(capsys):
+    for found, wanted in zip(trained(Recorded, "cuda"), trained(lambda step: step, "cuda"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert not capsys.readouterr().out
 
 
 @DEVICES

@@ -35,11 +35,11 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, cap
         stop_at(patch, 3 * STEPS + STEPS + 1)  # in the second epoch of the second run
         assert main() == 128 + signal.SIGTERM
     out = capsys.readouterr().out
-    assert "s an epoch; 8 epochs left in all, about 0 minutes" in out and "--resume" in out and "run 3" not in out
+    assert "run 2 of 3, with 6 epochs left in all: " in out and "--resume" in out and "run 3" not in out
     assert not drawn and not (tmp_path / "runs" / "table.md").exists() and Run(f"runs/{EI}").load()["step"] == 7
     assert main() == 0
     out = capsys.readouterr().out
-    assert out.count("finished before") == 1 and f"run 3 of 3: {BN}" in out and "; 4 epochs left in all" in out
+    assert out.count("finished before") == 1 and f"run 3 of 3, with 3 epochs left in all: {BN}" in out
     lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
     assert sum("mlp" in line for line in lines) == 3 and lines[2] in out
     assert any("mlp plain | 0.1 | 0 | 3/3 |" in line for line in lines)

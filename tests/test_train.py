@@ -167,7 +167,7 @@ def test_the_run_folder_and_what_is_printed(finished, capsys):
     assert out.count("\nepoch ") == 3 and "firing rates" in out and "again" in out.splitlines()[-1]
     assert main(*TINY, "--seed", "1", "--out", "other") == 0
     assert end("again") == end(finished) != end("other")  # the same settings, the same bits
-    table, recorded = rows(finished), json.loads((finished / "histograms.json").read_text())
+    table, recorded = rows(finished), Run(finished).load()["histograms"]
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and list(table[0])[-1] == "rate_3"
     assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(table[2]["test_accuracy"])
     assert len(recorded) == 4 and len(recorded[0]) == 3  # before the first epoch, and after each; layers
@@ -308,7 +308,7 @@ BAD = """--arch vgg9: vgg9; --kind ln: ln; --T 0: at least 1; --epochs 1.5: whol
 --batch-size -3: at least 1; --kind dann --no-ste: leave it out; --kind bn --eps 1e-6: leave it out
 --kind dann --tau 3: has no --tau; --kind bn --ei-ratio 8: has no --ei-ratio; --eps small: adaptive
 --threshold 0: positive number; --width 0: 0.001 to 100; --batch-size 49: larger than the training set of 48
---warmup-epochs 10 --epochs 2: longer than the training; --eps -1e-6: adaptive; --device=: cannot be used
+--warmup-epochs 10 --epochs 2: longer than the training; --device=: cannot be used; --plan x,8: list of layer sizes
 --seed -1: at least 0
 --out ~nobody-of-this-name/x: home directory; --frobnicate: frobnicate; --resume nowhere: nowhere is not a run folder
 --eval=: not a run folder; --resume a --eval b: one of them; --resume a --out b: one of them; --out file/r: Not a dir
