@@ -27,6 +27,7 @@ from support.augment import AUGMENTATIONS
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+SOURCES = Path(__file__).read_bytes() + Path(events.__file__).read_bytes()  # of the decoders, as they were loaded
 
 
 @dataclass
@@ -118,8 +119,11 @@ def downloaded(kind, own, root, size, T):
     """What torchvision downloads on first use: `kind` is its class there, `own` the augmentation."""
     if not root.parent.is_dir():
         raise OSError(f"{kind.__name__} is not in {root}, and nothing is downloaded there: {root.parent} is no folder")
-    socket.setdefaulttimeout(10)  # or a dead connection would keep the reader waiting
+    if not root.is_dir():
+        print(f"there is no {root}: {kind.__name__} is downloaded into it; --data-root says where else it is")
+    before = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(10)  # or a dead connection would keep the reader waiting
         sets = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # of a damaged file: AssertionError, ValueError, ...
         for file in [*root.glob("*.gz"), *root.glob("cifar-*/*"), *root.glob("*/raw/*")]:
@@ -128,9 +132,11 @@ def downloaded(kind, own, root, size, T):
             with suppress(OSError):  # it is none, or it is not empty
                 empty.rmdir()
         raise OSError(
-            f"{kind.__name__} is not in {root}, or damaged, and cannot be downloaded ({' '.join(str(error).split())}): "
-            f"put the official {getattr(kind, 'filename', 'files')} there, or use --data folder or --data digits"
+            f"{kind.__name__} is not in --data-root {root}, or damaged, and cannot be downloaded: put the official "
+            f"{getattr(kind, 'filename', 'files')} there, or use --data digits ({' '.join(str(error).split())})"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
     splits = []
     for part in sets:
         x = torch.as_tensor(part.data)
@@ -159,7 +165,7 @@ def images(own, root, size, T):
 def _listing(folder):
     """Pairs (image file, name of its class) of a folder of class folders, in alphabetical order."""
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: images are read from train/<class>/ and test/<class>/ or val/<class>/")
+        raise ValueError(f"no folder {folder}: --data-root has train/<class>/ and test/<class>/ or val/<class>/ in it")
     if (folder / "val_annotations.txt").is_file():  # of TinyImageNet: in each line an image, its class and a box
         lines = (folder / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
         return [(folder / "images" / line.split("\t")[0], "".join(line.split("\t")[1:2])) for line in lines]
@@ -204,8 +210,8 @@ def _decoded(root, train, test, classes, shape, decode):
     names = [os.path.relpath(file, root) for file in files]
     cache = f".decoded-{'x'.join(map(str, shape))}"
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(lambda file: hashlib.sha256(content_of(file)).digest(), [__file__, events.__file__, *files])
-        key = hashlib.sha256(repr([names, *contents]).encode()).hexdigest()[:32]
+        sums = pool.map(lambda file: hashlib.sha256(content_of(file)).digest(), files)
+        key = hashlib.sha256(SOURCES + repr([names, *sums]).encode()).hexdigest()[:32]
         try:
             with np.load(root / f"{cache}-{key}.npz") as found:
                 x = found["x"]  # out of a zip file, so that damage is noticed
@@ -264,10 +270,10 @@ def training_batch(config, dataset, indices, step):
     """Input and labels of a step. The augmentation depends on seed and step alone, so a resumed run repeats it."""
     x = to_input(dataset.train_x[indices])
     if dataset.augment:
-        given, seed = x, (config["seed"] * 1_000_003 + step) % 2**32
-        x = dataset.augment(given, torch.Generator(x.device).manual_seed(seed))
+        given = x
+        x = dataset.augment(x, torch.Generator(x.device).manual_seed((config["seed"] * 1_000_003 + step) % 2**32))
         if not torch.is_tensor(x) or (x.shape, x.dtype) != (given.shape, given.dtype):
-            came = f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}"
+            came = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f"augmentation made {came} of {given.dtype} {tuple(given.shape)}, which it has to return")
     return x, dataset.train_y[indices]
 

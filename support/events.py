@@ -33,7 +33,7 @@ def recordings(name, root, size, T):
     if not all(map(len, sets)):
         calls = "; ".join(f"{kind.__name__}({str(root)!r}{', train=False' * i})" for i in range(len(sets)))
         how = f'python -c "from tonic.datasets import {kind.__name__}; {calls}"'
-        raise ValueError(f"no recordings of {name} in {folder}: let tonic download and unpack them, with {how}")
+        raise ValueError(f"no recordings of {name} in {folder}: give --data-root, or let tonic download them: {how}")
     if not gesture:  # no official split: a tenth of each class is the test set, drawn once for all
         found = train_test_split(found[0], test_size=0.1, stratify=[name for _, name in found[0]], random_state=0)
     weights = area_weights(size)

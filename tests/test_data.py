@@ -90,10 +90,9 @@ def test_a_cache_that_cannot_be_used(images, monkeypatch, capsys):
     for content in (damaged, b"", POINTER):
         cache.write_bytes(content)
         assert decoded_again()
-    (images / "data.py").write_text("the code that decodes, edited")
-    monkeypatch.setattr(data, "__file__", str(images / "data.py"))
+    monkeypatch.setattr(data, "SOURCES", b"the code that decodes, edited")
     assert decoded_again() and not decoded_again()
-    (images / "data.py").write_text("once more")
+    monkeypatch.setattr(data, "SOURCES", b"once more")
     with monkeypatch.context() as patch:  # a folder in which nothing can be written, and a process that is killed
         patch.setattr(os, "replace", lambda *_: os.stat("/nowhere/at/all"))
         assert decoded_again("cannot be kept") and not list(images.glob(".decoded*"))
@@ -217,7 +216,7 @@ def test_cifar_and_mnist_are_read_through_torchvision(tmp_path, monkeypatch):
 def test_a_download_that_fails(tmp_path, monkeypatch, name):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: os.stat("/no/route/to/the/host"))
     monkeypatch.chdir(tmp_path)
-    refused("data", f"{tmp_path / 'data'}, or", "cannot be downloaded", "--data folder or --data digits", name=name)
+    refused("data", f"{tmp_path / 'data'}, or", "cannot be downloaded", "--data digits", name=name)
     refused("dta/cifar", f"nothing is downloaded there: {tmp_path / 'dta'} is no folder", name=name)
     assert not list(tmp_path.iterdir())
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(POINTER)
