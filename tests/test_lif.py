@@ -91,18 +91,6 @@ def test_second_derivatives_are_those_of_the_surrogate():
     assert gradcheck(slopes, x[0].detach().requires_grad_()) and gradgradcheck(slopes, x[0].detach().requires_grad_())
 
 
-def test_torch_func():
-    x = torch.randn(4, 3, 5, dtype=torch.double)
-    leaf = x.clone().requires_grad_()
-    lif(leaf).square().sum().backward()
-    assert torch.equal(torch.func.grad(lambda x: lif(x).square().sum())(x), leaf.grad)
-    assert torch.equal(torch.func.vmap(lif, in_dims=1, out_dims=1)(x), lif(x))
-    per_neuron = torch.func.vmap(torch.func.grad(lambda x: lif(x).square().sum()), in_dims=1, out_dims=1)(x)
-    assert torch.equal(per_neuron, leaf.grad)
-    jacobian = torch.func.jacrev(lambda x: lif(x).sum((1, 2)))(x)  # (T, T, 3, 5)
-    assert torch.equal(jacobian[0, 1:], torch.zeros(3, 3, 5).double())  # a spike does not depend on what comes later
-
-
 BAD = [(0.5, 1.0, 4.0), (2.0, 0.0, 4.0), (2.0, -1.0, 4.0), (float("nan"), 1.0, 4.0), (2.0, float("nan"), 4.0)]
 BAD += [(2.0, 1.0, 0.0), (2.0, 1.0, -4.0), (2.0, 1.0, float("nan"))]
 

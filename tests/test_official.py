@@ -12,7 +12,7 @@ import torch
 import train
 from ei_init import initialize
 from model import build, circuits
-from support import bench, data, official
+from support import bench, official
 from support.runs import Run
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -174,20 +174,6 @@ def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
     (tmp_path / "x" / "config.json").unlink()
     assert "config.json cannot be used" in fails(capsys, *argv)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_download(mlp, tmp_path, capsys, monkeypatch):
-    datasets = {name.split("-")[0].lower() for name in official.PUBLISHED}
-    assert {official.DATA.get(name, name) for name in datasets} <= data.LOADERS.keys()
-    hub, argv = pytest.importorskip("huggingface_hub"), ["--official", "CIFAR10-VGG8", "--plan", "20 10"]
-    assert "is no folder and none of the published networks" in fails(capsys, "--official", "CIFAR10-VGG9")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: 1 / 0)
-    assert "the download failed (ZeroDivisionError: division by zero)" in fails(capsys, *argv)
-    hosts = {"vwOvOwv/DeepEISNN": tmp_path}
-    monkeypatch.setattr(hub, "hf_hub_download", lambda host, file, subfolder: hosts[host] / subfolder / file)
-    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "pip install -r requirements-official.txt" in fails(capsys, "--official", mlp)
 
 
 STAND_IN = {  # a program with the interface of the authors'; its circuit and optimiser are written anew
