@@ -24,7 +24,6 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from support import events, explained
 from support.augment import AUGMENTATIONS
 
-INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
@@ -63,7 +62,7 @@ class Dataset:
             if self.augment not in names:
                 raise ValueError(f"these data can be augmented by {', '.join(names)}, not by {self.augment}")
             self.augment = AUGMENTATIONS[self.augment]
-        self.augment_name = getattr(self.augment, "__name__", str(self.augment))
+        self.augment_name = getattr(self.augment, "__name__", str(self.augment or "none"))
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
@@ -71,8 +70,8 @@ class Dataset:
             x, y = torch.as_tensor(x), torch.as_tensor(y)
         came = f"{x.dtype} {tuple(x.shape)} with labels {y.dtype} {tuple(y.shape)}"
         right = x.dim() in (4, 5) and x.shape[-1] == x.shape[-2] and x.numel() > 0 and y.shape == x.shape[:1]
-        if right and x.dtype in INTEGERS and y.dtype in INTEGERS:
-            x, y = x if x.dtype in INTEGERS[:3] else x.long(), y.long()
+        if right and not (x.is_floating_point() or y.is_floating_point()):
+            x, y = x if x.dtype in (torch.uint8, torch.int16, torch.int32) else x.long(), y.long()
             came += f", from {x.min()} to {x.max()} with labels from {y.min()} to {y.max()}"
             if 0 <= x.min() and (x.dim() == 5 or x.max() <= 255) and 0 <= y.min() and y.max() < self.n_classes:
                 return x.byte() if x.dim() == 4 else x, y

@@ -58,9 +58,9 @@ WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "of
 def recipe(data, arch, kind):
     """What the table says of data, arch and kind: a dict."""
     found = {}
-    for of_data, of_arch, of_kind, differing in RECIPES:
-        pairs = ((of_data, data), (of_arch, arch), (of_kind, kind))
-        if all(names == "*" or name in names.split() for names, name in pairs):
+    for *names, differing in RECIPES:
+        pairs = zip(names, (data, arch, kind), strict=True)
+        if all(several == "*" or name in several.split() for several, name in pairs):
             found.update(differing)
     return found
 
@@ -75,13 +75,11 @@ def settings(args):
     """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind. An
     option that this kind of network does not have, or a schedule that cannot be, is a ValueError."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
-    config = WHAT | {k: given[k] for k in WHAT if k in given}
-    kind = config["kind"]
-    if odd := [key for key in LACKS[kind] if config.get(key) != WHAT.get(key)]:
+    data, arch, kind = (given.get(key, WHAT[key]) for key in ("data", "arch", "kind"))
+    if odd := [key for key in LACKS[kind] if key in WHAT and given.get(key, WHAT[key]) != WHAT[key]]:
         raise ValueError(f"a network of --kind {kind} has no --{odd[0].replace('_', '-')}: leave it out")
-    config.update(recipe(config["data"], config["arch"], kind))
+    config = WHAT | recipe(data, arch, kind) | given
     one_in = config.pop("warmup_1_in")
-    config.update(given)
     config.setdefault("warmup_epochs", config["epochs"] / one_in if one_in else 0.0)
     if config["precision"] != "float32" and getattr(args, "plain", None):
         raise ValueError("--plain trains the plain equations, which are in float32: leave --precision bf16 out")
@@ -96,9 +94,6 @@ SETTINGS = list(settings(argparse.Namespace()))  # their names
 
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are ValueErrors of one line."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, allow_abbrev=False)
 
     def error(self, message):
         raise ValueError(message)
