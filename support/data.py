@@ -155,15 +155,13 @@ def images(own, root, size, T):
 
 def _listing(folder):
     """Pairs (image file, name of its class) of a folder of class folders, in alphabetical order."""
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: images are read from train/<class>/ and test/<class>/ or val/<class>/")
     if (folder / "val_annotations.txt").is_file():  # of TinyImageNet: in each line an image, its class and a box
         lines = (folder / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
         return [(folder / "images" / line.split("\t")[0], "".join(line.split("\t")[1:2])) for line in lines]
     files = sorted(folder / name for name in glob("*/**/*", root_dir=folder, recursive=True))  # nothing that is hidden
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not found:
-        raise ValueError(f"{folder} has no class folders with images in it")
+        raise ValueError(f"no images in {folder}/<class>/: wanted are train/<class>/ and test/<class>/ or val/<class>/")
     if max(len(file.parts) for file in found) > len(folder.parts) + 30:
         raise ValueError(f"{folder}: a link leads back to a folder above it")
     return [(file, normalize("NFC", file.relative_to(folder).parts[0])) for file in found]

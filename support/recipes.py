@@ -52,6 +52,7 @@ LACKS = dict(ei=(), bn=(*ABLATIONS, "ei_ratio"), plain=(*ABLATIONS, "ei_ratio"))
 LACKS["dann"] = (*ABLATIONS, "tau", "threshold", "alpha", "T")
 DATA = dict(data="digits", data_root="./data", augment="auto")
 WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | DATA | dict(seed=0, precision="float32")
+FLAG = dict(action="store_true", default=None)  # an option that is given or not
 WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
 
 
@@ -165,24 +166,22 @@ def add_settings(p):
 
 def add_ways(p):
     """The options that say how a run is made, and are no setting of it."""
-    flag = dict(action="store_true", default=None)
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
-    p.add_argument("--plain", **flag, help="the plain equations only, no fused forms")
-    p.add_argument("--give-up", **flag, help="end a run that is at chance for a third of its epochs")
+    p.add_argument("--plain", **FLAG, help="the plain equations only, no fused forms")
+    p.add_argument("--give-up", **FLAG, help="end a run that is at chance for a third of its epochs")
 
 
 def parse(argv=None):
     """The command line of train.py."""
-    flag = dict(action="store_true", default=None)
     p = Parser(prog="train.py", description="Train a spiking network with lateral inhibition.")
     add_settings(p)
     add_ways(p)
     p.add_argument("--out", type=folder, help="run folder (runs/<data>-<arch>-<kind>-...)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
-    p.add_argument("--other-data", **flag, help="with --eval: also on data of another run")
+    p.add_argument("--other-data", **FLAG, help="with --eval: also on data of another run")
     p.add_argument("--official", metavar="NAME|DIR", help="test the authors' trained network, e.g. CIFAR10-VGG8")
-    p.add_argument("--recipes", **flag, help="print the table of recipes")
+    p.add_argument("--recipes", **FLAG, help="print the table of recipes")
     return p.parse_args(argv)
 
 

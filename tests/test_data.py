@@ -104,9 +104,9 @@ def test_a_cache_that_cannot_be_used(images, monkeypatch, capsys):
 
 def test_folders_that_are_refused(images, monkeypatch):
     monkeypatch.chdir(images)
-    refused("nowhere", f"no folder {images / 'nowhere' / 'train'}: ")  # a relative path is told in full
+    refused("nowhere", f"no images in {images / 'nowhere' / 'train'}/<class>/")  # a relative path is told in full
     (images / "empty" / "train" / "a").mkdir(parents=True)
-    refused("empty", "has no class folders with images")
+    refused("empty", "no images in")
     for split in ("train", "test"):
         (images / split / "cat").mkdir()  # an empty folder in both is no class
     assert data.load("folder", images).classes == ["ant", "wolf"]
