@@ -172,7 +172,7 @@ def test_run(args, device):
         own = [f"{key}={other.config[key]:g}" for key in OWN if other.config[key] != config[key]]
         own += ["a training that has not ended"] * (not (rival / "result.json").exists())
         print(f"beside it, BN-SNN{', with ' * bool(own)}{', '.join(own)}:")
-        how = {key: vars(args)[key] for key in ("data_root", "T", "other_data", "plain")}
+        how = {key: vars(args)[key] for key in ("data_root", "T", "precision", "other_data", "plain")}
         return test_run(argparse.Namespace(**vars(recipes.parse(["--eval", str(rival)])) | how), device)
     except Exception as error:  # this run's own test is done; a damaged file fails in many ways
         print(f"the BN-SNN beside it is not compared: {error}")

@@ -24,7 +24,6 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from support import events, explained
 from support.augment import AUGMENTATIONS
 
-INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs (EPS)
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 SOURCES = Path(__file__).read_bytes() + Path(events.__file__).read_bytes()  # of the decoders, as they were loaded
@@ -64,7 +63,7 @@ class Dataset:
             if not isinstance(self.augment, str) or self.augment not in names:
                 raise ValueError(f"these data can be augmented by {', '.join(names)}, not by {self.augment}")
             self.augment = AUGMENTATIONS[self.augment]
-        self.augment_name = getattr(self.augment, "__name__", str(self.augment))
+        self.augment_name = getattr(self.augment, "__name__", str(self.augment or "none"))
 
     def _checked(self, split, x, y):
         """Samples and labels as they are held."""
@@ -73,8 +72,8 @@ class Dataset:
             x, y = (torch.as_tensor(v.copy() if isinstance(v, np.ndarray) else v) for v in (x, y))  # not read-only
         came = f"{x.dtype} {tuple(x.shape)} with labels {y.dtype} {tuple(y.shape)}"
         right = x.dim() in (4, 5) and x.shape[-1] == x.shape[-2] and x.numel() > 0 and y.shape == x.shape[:1]
-        if right and x.dtype in INTEGERS and y.dtype in INTEGERS:
-            x, y = x if x.dtype in INTEGERS[:3] else x.long(), y.long()
+        if right and not (x.is_floating_point() or y.is_floating_point()):
+            x, y = x if x.dtype in (torch.uint8, torch.int16, torch.int32) else x.long(), y.long()
             came += f", from {x.min()} to {x.max()} with labels from {y.min()} to {y.max()}"
             if 0 <= x.min() and (x.dim() == 5 or x.max() <= 255) and 0 <= y.min() and y.max() < self.n_classes:
                 return x.byte() if x.dim() == 4 else x, y
@@ -164,15 +163,13 @@ def images(own, root, size, T):
 
 def _listing(folder):
     """Pairs (image file, name of its class) of a folder of class folders, in alphabetical order."""
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: --data-root has train/<class>/ and test/<class>/ or val/<class>/ in it")
     if (folder / "val_annotations.txt").is_file():  # of TinyImageNet: in each line an image, its class and a box
         lines = (folder / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
         return [(folder / "images" / line.split("\t")[0], "".join(line.split("\t")[1:2])) for line in lines]
     files = sorted(folder / name for name in glob("*/**/*", root_dir=folder, recursive=True))  # nothing that is hidden
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not found:
-        raise ValueError(f"{folder} has no class folders with images in it")
+        raise ValueError(f"no images in {folder}/<class>/: wanted are train/<class>/ and test/<class>/ or val/<class>/")
     if max(len(file.parts) for file in found) > len(folder.parts) + 30:
         raise ValueError(f"{folder}: a link leads back to a folder above it")
     others = [file for file in files if file.suffix.lower() not in SUFFIXES and file.is_file()]

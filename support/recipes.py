@@ -52,15 +52,16 @@ LACKS = dict(ei=(), bn=(*ABLATIONS, "ei_ratio"), plain=(*ABLATIONS, "ei_ratio"))
 LACKS["dann"] = (*ABLATIONS, "tau", "threshold", "alpha", "T")
 DATA = dict(data="digits", data_root="./data", augment="auto")
 WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | DATA | dict(seed=0, precision="float32")
+FLAG = dict(action="store_true", default=None)  # an option that is given or not
 WAYS = ("resume", "eval", "other_data", "out", "device", "plain", "give_up", "official", "recipes")  # no settings
 
 
 def recipe(data, arch, kind):
     """What the table says of data, arch and kind: a dict."""
     found = {}
-    for of_data, of_arch, of_kind, differing in RECIPES:
-        pairs = ((of_data, data), (of_arch, arch), (of_kind, kind))
-        if all(names == "*" or name in names.split() for names, name in pairs):
+    for *names, differing in RECIPES:
+        pairs = zip(names, (data, arch, kind), strict=True)
+        if all(several == "*" or name in several.split() for several, name in pairs):
             found.update(differing)
     return found
 
@@ -75,13 +76,11 @@ def settings(args):
     """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind. An
     option that this kind of network does not have, or a schedule that cannot be, is a ValueError."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
-    config = WHAT | {k: given[k] for k in WHAT if k in given}
-    kind = config["kind"]
-    if odd := [key for key in LACKS[kind] if config.get(key) != WHAT.get(key)]:
+    data, arch, kind = (given.get(key, WHAT[key]) for key in ("data", "arch", "kind"))
+    if odd := [key for key in LACKS[kind] if key in WHAT and given.get(key, WHAT[key]) != WHAT[key]]:
         raise ValueError(f"a network of --kind {kind} has no --{odd[0].replace('_', '-')}: leave it out")
-    config.update(recipe(config["data"], config["arch"], kind))
+    config = WHAT | recipe(data, arch, kind) | given
     one_in = config.pop("warmup_1_in")
-    config.update(given)
     config.setdefault("warmup_epochs", config["epochs"] / one_in if one_in else 0.0)
     if config["precision"] != "float32" and getattr(args, "plain", None):
         raise ValueError("--plain trains the plain equations, which are in float32: leave --precision bf16 out")
@@ -98,9 +97,6 @@ SETTINGS = list(settings(argparse.Namespace()))  # their names
 
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are ValueErrors of one line."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, allow_abbrev=False)
 
     def error(self, message):
         raise ValueError(message)
@@ -173,24 +169,22 @@ def add_settings(p):
 
 def add_ways(p):
     """The options that say how a run is made, and are no setting of it."""
-    flag = dict(action="store_true", default=None)
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)")
-    p.add_argument("--plain", **flag, help="the plain equations only, no fused forms")
-    p.add_argument("--give-up", **flag, help="end a run that is at chance for a third of its epochs")
+    p.add_argument("--plain", **FLAG, help="the plain equations only, no fused forms")
+    p.add_argument("--give-up", **FLAG, help="end a run that is at chance for a third of its epochs")
 
 
 def parse(argv=None):
     """The command line of train.py."""
-    flag = dict(action="store_true", default=None)
     p = Parser(prog="train.py", description="Train a spiking network with lateral inhibition.")
     add_settings(p)
     add_ways(p)
     p.add_argument("--out", type=folder, help="run folder (runs/<data>-<arch>-<kind>-...)")
     p.add_argument("--resume", metavar="RUN", help="go on with the training in this run folder")
     p.add_argument("--eval", metavar="RUN", help="test the best network of this run folder")
-    p.add_argument("--other-data", **flag, help="with --eval: also on data of another run")
+    p.add_argument("--other-data", **FLAG, help="with --eval: also on data of another run")
     p.add_argument("--official", metavar="NAME|DIR", help="test the authors' trained network, e.g. CIFAR10-VGG8")
-    p.add_argument("--recipes", **flag, help="print the table of recipes")
+    p.add_argument("--recipes", **FLAG, help="print the table of recipes")
     return p.parse_args(argv)
 
 

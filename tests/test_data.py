@@ -37,7 +37,7 @@ def refused(root, *words, name="folder"):
 def test_digits():
     d = data.load("digits")
     assert d.train_x.shape == (1437, 1, 32, 32) and d.test_x.shape == (360, 1, 32, 32) and d.train_x.max() == 255
-    assert d.n_classes == 10 and d.in_channels == 1 and d.augment_name == "None"
+    assert d.n_classes == 10 and d.in_channels == 1 and d.augment_name == "none"
     counts, whole = d.test_y.bincount().numpy(), load_digits()
     assert (abs(counts / np.bincount(whole.target) - 0.2) < 0.01).all() and d.chance == counts.max() / 360  # stratified
     both = torch.cat([d.train_x, d.test_x]).flatten(1).float().sum(1).sort().values / 255
@@ -104,9 +104,9 @@ def test_a_cache_that_cannot_be_used(images, monkeypatch, capsys):
 
 def test_folders_that_are_refused(images, monkeypatch):
     monkeypatch.chdir(images)
-    refused("nowhere", f"no folder {images / 'nowhere' / 'train'}: ")  # a relative path is told in full
+    refused("nowhere", f"no images in {images / 'nowhere' / 'train'}/<class>/")  # a relative path is told in full
     (images / "empty" / "train" / "a").mkdir(parents=True)
-    refused("empty", "has no class folders with images")
+    refused("empty", "no images in")
     for split in ("train", "test"):
         (images / split / "cat").mkdir()  # an empty folder in both is no class
     assert data.load("folder", images).classes == ["ant", "wolf"]
@@ -206,7 +206,7 @@ def test_cifar_and_mnist_are_read_through_torchvision(tmp_path, monkeypatch):
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(np.array([2049, n], ">i4").tobytes() + y.tobytes())
         found += [torch.from_numpy(x)[:, None], torch.from_numpy(y).long()]
     d = data.load("fashion-mnist", tmp_path, image_size=28)
-    assert all(map(torch.equal, (d.train_x, d.train_y, d.test_x, d.test_y), found)) and d.augment_name == "None"
+    assert all(map(torch.equal, (d.train_x, d.train_y, d.test_x, d.test_y), found)) and d.augment_name == "none"
     for content, words in ((b"x" * 2000, "or damaged, and cannot be downloaded"), (POINTER, "is a Git LFS pointer")):
         (folder / "train-labels-idx1-ubyte").write_bytes(content)
         refused(tmp_path, words, name="fashion-mnist")
