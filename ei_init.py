@@ -113,6 +113,10 @@ def initialize(model, batch, init=ei_init):
         return
     if len(batch) < 2:
         raise ValueError("E-I Init measures a variance: it needs a batch of at least 2 samples")
+    for circuit, name in names.items():
+        for weight in (*circuit.from_excitatory, *circuit.from_inhibitory):
+            if not isinstance(getattr(circuit, weight), torch.nn.Parameter):  # it is computed anew in each forward pass
+                raise ValueError(f"layer {name}: {weight} is pruned or parametrized: do that after E-I Init")
 
     def before_forward(circuit, args):
         try:

@@ -185,7 +185,7 @@ def settings_of(folder, plan, args):
         neuron = NEURON | {key: theirs[key] for key in ("tau", "v_threshold", *NEURON) if key in theirs}
         neuron |= theirs.get("neuron_config", {}) | theirs.get("neuron", {})
         said.update(tau=float(neuron.pop("tau", 2)), threshold=float(neuron.pop("v_threshold", 1)))
-        said.update(T=theirs["T"], ei_ratio=theirs.get("ei_ratio", 4), plan="-".join(map(str, plan or ())))
+        said.update(T=int(theirs["T"]), ei_ratio=int(theirs.get("ei_ratio", 4)), plan="-".join(map(str, plan or ())))
         if neuron != NEURON:
             raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
     given = {key: value for key, value in vars(args).items() if value is not None}

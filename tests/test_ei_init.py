@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from ei_init import ei_init, initialize
 from inhibition import EICircuit, EICircuit2d
@@ -129,6 +130,9 @@ def test_a_silent_and_a_constant_input_are_named_and_leave_no_hook():
         assert not any(m._forward_pre_hooks for m in model.modules())
     initialize(model, torch.rand(4, 3, 32, 32))
     assert not any(m._forward_pre_hooks for m in model.modules())
+    prune.random_unstructured(model.readout, "w_ie", amount=0.5)
+    with pytest.raises(ValueError, match="layer readout: w_ie is pruned"):
+        initialize(model, torch.rand(4, 3, 32, 32))
 
 
 @pytest.mark.parametrize("readout", [False, True])
