@@ -363,13 +363,14 @@ def grade(folder, make_book, seconds=30, user=None):
     make_book: makes new inputs, and what is right, see `check.read`. seconds, user: see `Trial`."""
     found, (rows, remarks) = collect(folder), graded_before(folder)
     left = [f for f in found if rows.get(f.id.lower(), {}).get("fingerprint") != f.fingerprint]
-    left.sort(key=lambda f: (remarks.get(f.id) == STARTED, f.id))  # what may have stopped the last grading comes last
+    stops = {f.id: remarks.get(f.id, b"").count(STARTED) for f in left}
+    left.sort(key=lambda f: (stops[f.id], f.id))  # what may have stopped an earlier grading comes last
     print(f"{len(found)} submissions, of which {len(found) - len(left)} are graded already", flush=True)
     book = make_book() if left else {}
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: inherits what a submission leaves running
     for f in left:
-        points, said, mistakes, remarks[f.id] = {}, [], [], STARTED
+        points, said, mistakes, remarks[f.id] = {}, [], [], STARTED * (1 + stops[f.id])
         save(folder, rows, remarks)
         try:
             if f.files:
