@@ -93,8 +93,6 @@ def test_a_single_sample_is_refused():
         initialize(build("vgg8", plan=NARROW), torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"^E-I Init measures a variance"):
         initialize(build("vgg8", plan=NARROW, T=2), torch.rand(1, 2, 3, 32, 32))
-    ei_init(EICircuit(5, 8), torch.rand(2, 5))
-    initialize(build("vgg8", plan=NARROW), torch.rand(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(

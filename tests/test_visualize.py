@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -306,11 +304,3 @@ def test_bad_input_ends_in_one_line(suite, tmp_path, capsys):
             stored.result_of(Run(run))
     (run / "config.json").write_text("{")
     assert "config.json" in fails(capsys, "curves", run)
-
-
-@pytest.mark.slow
-def test_the_importing_program_keeps_its_plots(tmp_path):
-    code = "import sys, matplotlib; matplotlib.use('svg'); before = dict(matplotlib.rcParams); import visualize;"
-    code += "assert visualize.main(['init', '--width', '0.1', '--out', sys.argv[1]]) == 0;"
-    code += "assert dict(matplotlib.rcParams) == before and 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=train.__file__[:-8])
