@@ -54,16 +54,17 @@ class _LIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, current, tau, threshold, alpha):
         leak = 1 - 1 / tau
-        step = torch.empty_like(current[0])  # its layout in memory is kept, also where `current` is expanded over time
-        u = current.new_empty_strided(current.shape, (step.numel(), *step.stride()))
+        s = torch.empty_like(current[0])  # its layout in memory is kept, also where `current` is expanded over time
+        u = current.new_empty_strided(current.shape, (s.numel(), *s.stride()))
         spikes = torch.empty_like(u, dtype=dtype_of_products(u))  # 0 and 1 are exact in 16 bits
         for t in range(current.shape[0]):
             if t == 0:
                 u[0].copy_(current[0])
             else:
-                torch.sub(u[t - 1], spikes[t - 1].to(u.dtype), alpha=threshold, out=u[t])
+                torch.sub(u[t - 1], s, alpha=threshold, out=u[t])
                 torch.add(current[t], u[t], alpha=leak, out=u[t])
-            torch.ge(u[t], threshold, out=spikes[t])
+            torch.ge(u[t], threshold, out=s)
+            spikes[t].copy_(s)
         ctx.save_for_backward(u)
         ctx.leak, ctx.threshold, ctx.alpha = leak, threshold, alpha
         return spikes
@@ -113,7 +114,8 @@ class _GainControl(torch.autograd.Function):
         grad_currents = w.new_empty(*grad.shape[:-1], sum(w.shape))
         grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
         grad = grad.reshape(-1, w.shape[0])
-        torch.div(grad, i_div, out=grad_balanced)  # both gradients go where one convolution's gradient is needed
+        # Both gradients go to where one convolution's gradient is needed.
+        torch.div(grad.to(i_div.dtype), i_div, out=grad_balanced)
         minus_grad_div = torch.mul(grad_balanced, balanced).div_(i_div)
         torch.mm(minus_grad_div, -w, out=grad_s_i)
         return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
