@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and a training leaves it so; some tests send it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and SIGHUP under nohup:
+if hasattr(signal, "SIGHUP"):  # a training would leave it so, and some tests send them
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 torch.set_num_threads(1)  # small networks are fastest so, and the other core is free
 
