@@ -203,40 +203,6 @@ def test_a_new_stabilizer_is_a_line_in_the_table(monkeypatch):
         EICircuit(3, 8, eps="two")
 
 
-def test_torch_func():
-    """A sample does not depend on the others, so vmap over samples and per-sample gradients are what they should be."""
-    circuit, x = circuit_and_input("2d", 0.3)
-    circuit, x = circuit.double(), x.detach().double()
-    parameters = dict(circuit.named_parameters())
-
-    def loss(parameters, sample):
-        return torch.func.functional_call(circuit, parameters, sample[None]).square().sum()
-
-    out = torch.func.vmap(lambda sample: circuit(sample[None])[0])(x)
-    torch.testing.assert_close(out, circuit(x))
-    whole = torch.autograd.grad(circuit(x).square().sum(), [*parameters.values()])
-    once = torch.func.grad(lambda p: torch.func.functional_call(circuit, p, x).square().sum())(parameters)
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for name, want in zip(parameters, whole, strict=True):
-        torch.testing.assert_close(once[name], want)
-        assert per_sample[name].shape == (5, *want.shape)
-        torch.testing.assert_close(per_sample[name].sum(0), want)
-
-
-@pytest.mark.parametrize("kind", ["dense", "2d"])
-def test_second_derivatives_of_the_circuit(kind):
-    circuit, x = circuit_and_input(kind, 0.3, grad_scaling=False)
-    circuit, x = circuit.double(), x.detach()[1:].double().requires_grad_()
-    grad = torch.randn_like(circuit(x))
-    found = []
-    for form in (circuit, lambda x: equations(circuit, x)):
-        inputs = [x, *circuit.parameters()]
-        first = torch.autograd.grad(form(x), inputs, grad, create_graph=True)
-        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True))
-    for a, b in zip(*found, strict=True):
-        assert (a - b).norm() <= 1e-8 * b.norm()
-
-
 def test_the_demonstration(demonstration):
     lines, found = demonstration("inhibition.py").splitlines(), {}
     for line in lines:

@@ -193,17 +193,6 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(run, how, capsy
     assert not Path("ran").exists()
 
 
-def test_no_flipped_bit_changes_a_number_unnoticed(run, capsys):
-    path, noticed = run.folder / "checkpoint.pt", 0
-    raw, good = path.read_bytes(), repr(run.load())
-    for i in range(0, len(raw), 17):
-        path.write_bytes(raw[:i] + bytes([raw[i] ^ 4]) + raw[i + 1 :])
-        state = run.load()
-        noticed += state["step"] == 2
-        assert state["step"] == 2 or repr(state) == good  # padding, or a date
-    assert noticed > len(raw) / 51
-
-
 @pytest.mark.parametrize("text", [None, "", "{ half", "[]", "null", "deep", "{}", "\0\xff"])
 def test_damaged_settings_are_those_in_the_checkpoint(text, run, capsys):
     path = run.folder / "config.json"
