@@ -130,7 +130,7 @@ def test_killed_many_times_and_damaged_now_and_then(calm):
         path = Path("r") / rng.choice(["checkpoint.pt", "metrics.csv", "config.json"])
         if process.exitcode == 0:
             shutil.rmtree("r")
-        elif rng.random() < 0.3 and path.exists() and os.path.exists("r/checkpoint.prev.pt"):
+        elif rng.random() < 0.3 and path.exists() and path.stat().st_size and os.path.exists("r/checkpoint.prev.pt"):
             raw = bytearray(path.read_bytes())
             raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
             path.write_bytes(raw)
