@@ -105,7 +105,7 @@ class Progress:
                     continue
                 self.sums[3] = bool(self.signals)
                 loss, accuracy, finite, stopped = (parallel.total(self.sums.clone()) / parallel.world()).tolist()
-                if finite < i + 1 or (stopped and not self._is_finite()):
+                if finite < i + 1 or (stopped and not is_finite(self.model)):
                     self._break()
                     return
                 bar.set_postfix_str(f"loss {loss / (i + 1):.3f}, acc {accuracy / (i + 1):.3f}", refresh=False)
