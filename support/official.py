@@ -194,6 +194,8 @@ def settings_of(folder, plan, args):
 
 def command(args, device):
     """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0."""
+    if parallel.world() > 1:
+        raise ValueError("--official is for one process: leave torchrun out")
     folder = fetch(args.official)
     tensors = read(folder)
     config = settings_of(folder, describe(tensors)["plan"], args)

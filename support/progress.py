@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -95,8 +96,9 @@ class Progress:
         first, self.start, self.spent = self.step % len(order), time.perf_counter() - self.spent, 0.0
         self.interrupted = True
         how = dict(desc=f"epoch {epoch + 1}/{self.config['epochs']}", total=len(order), initial=first, leave=False)
-        how |= dict(unit=" images", unit_scale=order.shape[1])
-        with tqdm(**how, disable=parallel.rank() > 0 or None) as bar:  # None: only where there is a terminal
+        rest = 0.1 if sys.stderr.isatty() else 60  # seconds; in a file or a notebook the bar is not drawn so often
+        how |= dict(unit=" images", unit_scale=order.shape[1], delay=rest, mininterval=rest)
+        with tqdm(**how, disable=parallel.rank() > 0) as bar:
             for i in range(first, len(order)):
                 self.x, self.y = data.training_batch(self.config, self.dataset, order[i], self.step)
                 yield self.step, parallel.share(self.x), parallel.share(self.y)

@@ -232,9 +232,11 @@ def status(command, rank="0"):
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:1000] or "not enough memory"
-        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|home directory", said):
-            raise  # an error of the program; that of a path ~nobody/... is none
+        said = " ".join(str(error).split())[:1000]
+        if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", said):
+            said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
+        elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
+            raise  # an error of the program
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:
