@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from ei_init import initialize
 from inhibition import EICircuit2d, clamp_dale
 from model import MLP, PLANS, ResNet18, build, circuits
-from support import data, explained, recipes
+from support import data, explained, parallel, recipes
 from support.fast import accelerate
 from support.measure import evaluate, header
 from support.runs import Run, load_data_and_model, write_atomically
