@@ -404,6 +404,8 @@ class Recorded:
         lr = [group["lr"] for group in optimizer.param_groups]
         self.x, self.y, self.rates = x.clone(), y.clone(), [torch.tensor(float(rate)).to(x.device) for rate in lr]
         try:
+            if not all(value is None or torch.is_tensor(value) for value in of_optimizer):
+                raise RuntimeError("the optimizer counts in Python numbers")
             set_rates(optimizer, self.rates)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph), torch.enable_grad():
