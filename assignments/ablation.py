@@ -383,7 +383,7 @@ def look_at_table(data, others_right=True):
         best = "another epoch than the last reported" if last == tested.max() else None
         without = row["condition"] == "no E-I Init"
         for wrong, name, text in (
-            (row["steps"] != N_BATCHES * EPOCHS or len(tested) != EPOCHS, "another number of steps", steps),
+            (row["steps"] != N_BATCHES * EPOCHS or len(tested) != EPOCHS, "other steps or epochs", steps),
             (shares == [False, True], "training accuracy reported", f"shares of the {N_TRAIN} training images"),
             (not fits, None, f"its accuracies are no shares of the {N_TEST} test images. Do not round; no percent"),
             (last != tested[-1], best, f"test_accuracy should be the last of by_epoch, {tested[-1]:.6g}"),
