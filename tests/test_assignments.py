@@ -201,7 +201,7 @@ ABLATION = [
     ("another epoch than the last reported", {"test_accuracy=accuracies[-1]": "test_accuracy=max(accuracies)"}),
     ("network reused", {"network = Network(condition)": "network = globals().setdefault('n', Network(condition))"}),
     ("E-I Init forgotten", {'if condition != "no E-I Init":': "if condition == 'full':"}),
-    ("no seed in `run`", {"    torch.manual_seed(seed)\n": ""}),
+    ("no seed before the network", {"    torch.manual_seed(seed)\n": ""}),
     ("no clamp", {"clamp_dale(p)": "pass"}),
     ("clamp before the step", {STEP + CLAMP: CLAMP + STEP}),
     (None, {"for seed in seeds]": "for seed in seeds[:1]]"}),
