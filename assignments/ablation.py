@@ -194,7 +194,7 @@ def other(run, name, right):
 RULES = [
     ("no new network in a run: Make Network(condition)", r"[^N]*"),
     ("more than one network in a run: Make it before the loops", r".*N.*B.*N.*B.*"),
-    ("no seed in `run`: Call torch.manual_seed(seed) in each run, before Network", lambda r: r.net.seed == BEFORE),
+    ("no seed before the network: Call torch.manual_seed(seed) in each run, before Network", lambda r: r.net.seed == BEFORE),
     ("another seed in torch.manual_seed", lambda r: r.net.seed != r.seed and str(r.net.seed)),
     ("condition ignored: Make Network(condition)", lambda r: r.net.condition != r.condition and r.net.condition),
     ("E-I Init under every condition", lambda r: r.condition == "no E-I Init" and "I" in r.events),
@@ -307,8 +307,8 @@ def look_at(module, values, conditions, seeds, epochs):
         arguments = inspect.signature(function).bind(*given, **named)
         arguments.apply_defaults()
         asked = arguments.args[:3]
-        if asked not in left:  # or it has been there already
-            raise Problem(f"experiment{(conditions, seeds, epochs)} calls run{asked}.")
+        if asked not in left:
+            raise Problem(f"experiment{(conditions, seeds, epochs)} calls run{asked}, not asked for, or again.")
         left.remove(asked)
         run = Run(*asked)
         rows.append(watched(module, function, run))
@@ -383,7 +383,7 @@ def look_at_table(data, others_right=True):
         best = "another epoch than the last reported" if last == tested.max() else None
         without = row["condition"] == "no E-I Init"
         for wrong, name, text in (
-            (row["steps"] != N_BATCHES * EPOCHS or len(tested) != EPOCHS, "another number of steps", steps),
+            (row["steps"] != N_BATCHES * EPOCHS or len(tested) != EPOCHS, "other steps or epochs", steps),
             (shares == [False, True], "training accuracy reported", f"shares of the {N_TRAIN} training images"),
             (not fits, None, f"its accuracies are no shares of the {N_TEST} test images. Do not round; no percent"),
             (last != tested[-1], best, f"test_accuracy should be the last of by_epoch, {tested[-1]:.6g}"),

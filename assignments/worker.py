@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import sys
+from glob import glob
 
 import check
 import torch
@@ -19,6 +20,7 @@ def limit():
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: this process ends when the grader ends
     limits = dict(RLIMIT_DATA=4_000_000_000, RLIMIT_FSIZE=100_000_000, RLIMIT_CPU=1200, RLIMIT_CORE=0)
+    limits["RLIMIT_NPROC"] = len(glob("/proc/[0-9]*/task/*")) + 300  # this user's processes and threads; not for root
     for name, most in limits.items():  # bytes of memory, bytes of a file, seconds of a processor
         with contextlib.suppress(ImportError, OSError, ValueError):
             import resource

@@ -156,7 +156,7 @@ def test_an_unknown_error_is_seen_and_gets_no_name():
 
 
 OUTPUTS = [  # what is no output at all: text of a function, and what the check says
-    ("a1", "spike(u, threshold=1.0)", "return None", "is None: is there a `return`?"),
+    ("a4", "lateral_weights(w, d)", "w = 1 * w\n    w.register_hook(lambda g: g / d)\n    return w", "no_grad = True"),
     ("a1", "spike(u, threshold=1.0)", "return u >= threshold", "is of type torch.bool, not torch.float32"),
     ("a2", "currents(x, p, stabilize)", "return dict(i_ee=x)", "the dict has no i_ie"),
     ("a4", "stabilize(*a)", "raise SystemExit('bye')", "SystemExit: bye"),
@@ -184,7 +184,8 @@ def test_a_mistake_costs_points_where_it_is_made_and_only_there():
 
 STEP = "            optimizer.step()\n"
 CLAMP = "            for p in network.layers:\n                clamp_dale(p)\n"
-LOSS = "F.cross_entropy(network(train_x[batch]), train_y[batch])"
+LOGITS = "network(train_x[batch])"
+LOSS = f"F.cross_entropy({LOGITS}, train_y[batch])"
 SGD = "torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)"
 TESTED = "accuracy(network, test_x, test_y)"
 ABLATION = [
@@ -192,7 +193,6 @@ ABLATION = [
     ("no zero_grad", {"            optimizer.zero_grad()\n": ""}),
     ("another optimiser than SGD", {SGD: "torch.optim.Adam(network.parameters(), lr=LR)"}),
     ("another learning rate than LR = 0.003", {"lr=LR": "lr=10 * LR"}),
-    ("another momentum than MOMENTUM = 0.9", {", momentum=MOMENTUM": ""}),
     ("trained on test images", {LOSS: "F.cross_entropy(network(test_x[batch % 360]), test_y[batch % 360])"}),
     ("labels that are not those of the images", {"train_y[batch])": "train_y[batch - 1])"}),
     ("softmax before the cross-entropy", {LOSS: "F.cross_entropy(network(train_x[batch]).softmax(1), train_y[batch])"}),
@@ -201,14 +201,13 @@ ABLATION = [
     ("another epoch than the last reported", {"test_accuracy=accuracies[-1]": "test_accuracy=max(accuracies)"}),
     ("network reused", {"network = Network(condition)": "network = globals().setdefault('n', Network(condition))"}),
     ("E-I Init forgotten", {'if condition != "no E-I Init":': "if condition == 'full':"}),
-    ("no seed in `run`", {"    torch.manual_seed(seed)\n": ""}),
-    ("the batches of another seed", {"in batches(seed, epoch)": "in batches(0, epoch)"}),
+    ("no seed before the network", {"    torch.manual_seed(seed)\n": ""}),
     ("no clamp", {"clamp_dale(p)": "pass"}),
     ("clamp before the step", {STEP + CLAMP: CLAMP + STEP}),
     (None, {"for seed in seeds]": "for seed in seeds[:1]]"}),
     (None, {"return [run(condition, seed, epochs)": "return [run(condition, seeds[0], epochs)"}),
     ("right", {}),
-    ("right", {"F.cross_entropy(": "torch.nn.CrossEntropyLoss()("}),
+    ("right", {LOSS: f"{LOGITS}.logsumexp(1).mean() - {LOGITS}[range(32), train_y[batch]].mean()"}),
     ("right", {"epochs=EPOCHS):\n    \"\"\"Trains": "epochs=EPOCHS, quiet=True):\n    \"\"\"Trains"}),
     ("right", {"clamp_dale(p)": "[v.data.relu_() for k, v in p.items() if k != 'b_e']"}),
 ]  # fmt: skip
@@ -234,9 +233,8 @@ def a_table(**changes):
 
 TABLES = [
     (a_table(), "right"),
-    (a_table(steps=44), "another number of steps. 'full', seed 0: 44 steps"),
+    (a_table(steps=44), "other steps or epochs. 'full', seed 0: 44 steps"),
     (a_table(by_epoch=" ".join(str(n / 1437) for n in (9, 10, 11, 12, 13)), test_accuracy=13 / 1437), "training acc"),
-    (a_table(lowest=-0.1), "no clamp"),
     (a_table(g_i="nan"), "line 2: g_i is 'nan'"),
     (a_table().replace(",", ";"), "there is no condition; the columns are condition, seed"),
 ]
@@ -336,8 +334,7 @@ ODD = dict(  # points, and what stands at the end of the files
     hangs=(97, dict(a1="def spike(u, threshold=1.0):\n    while True:\n        pass")),
     ends=(95, dict(a4="ANSWERS['gradient_without_ste'] = '1'", a2="import os\ndef clamp_dale(p):\n    os._exit(0)")),
     forges=(95, dict(a1="import check\ncheck.experiment = lambda *a: (True, 'right', None, {})")),
-    changes=(100, dict(a2="torch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)")),
-    follows=(97, dict(a1="def spike(u, threshold=1.0):\n    return (u > 2 * threshold).to(u.dtype)")),
+    changes=(100, dict(a2="torch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\ntorch.where = None")),
     tampers=(100, dict(a1=TAMPER)),
 )
 if sys.platform == "linux":
@@ -382,11 +379,14 @@ def test_grade(tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "grade_one", stopped)
     with pytest.raises(KeyboardInterrupt):
         lecturer.main(["grade", str(folder), "--seconds", "8"])
+    note = folder / "remarks" / f"{began[0]}.txt"
+    written = note.write_bytes(note.read_bytes() + b"the lecturer's words \xfc\r\n") and note.read_bytes()
     lecturer.main(["grade", str(folder), "--seconds", "8"])
+    assert note.read_bytes() == written
     assert began[-1] == began[2] and len(began) == len(set(began)) + 1  # it went on, and with that one at the end
     _, *lines = (folder / "grades.csv").read_text(encoding="utf-8").splitlines()
     totals = {line.split(",")[0]: int(line.split(",")[1]) for line in lines}
-    remarks = {path.stem: path.read_text(encoding="utf-8") for path in (folder / "remarks").iterdir()}
+    remarks = {path.stem: path.read_text("utf-8", "replace") for path in (folder / "remarks").iterdir()}
     assert totals.keys() == remarks.keys() and not any(name.startswith(("=", "-")) for name in totals)
     assert {name: total for name, total in totals.items() if name in ODD} == {n: worth for n, (worth, _) in ODD.items()}
     assert totals["Ann"] == 20 and len(totals) == len(ODD) + 4 + 2 * POSIX
@@ -395,7 +395,6 @@ def test_grade(tmp_path, monkeypatch):
         good="Handed in 2 times: submission-x.zip, Some Name_submission-good.ZIP. The later one, Some Name",
         answers="spike, surrogate, simulate, f_i_curve: a1_lif.py, line",
         hangs="spike: It did not end within 8 seconds.",
-        follows="simulate, f_i_curve: right, with a stand-in for `spike`",
         Ann="There is no a1_lif.py.",
     ).items():
         assert sentence in remarks[name], remarks[name]
