@@ -194,7 +194,7 @@ def other(run, name, right):
 RULES = [
     ("no new network in a run: Make Network(condition)", r"[^N]*"),
     ("more than one network in a run: Make it before the loops", r".*N.*B.*N.*B.*"),
-    ("no seed before the network: Call torch.manual_seed(seed) in each run, before Network", lambda r: r.net.seed == BEFORE),
+    ("no seed before the network: Call torch.manual_seed(seed) in each run", lambda r: r.net.seed == BEFORE),
     ("another seed in torch.manual_seed", lambda r: r.net.seed != r.seed and str(r.net.seed)),
     ("condition ignored: Make Network(condition)", lambda r: r.net.condition != r.condition and r.net.condition),
     ("E-I Init under every condition", lambda r: r.condition == "no E-I Init" and "I" in r.events),

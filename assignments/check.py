@@ -144,10 +144,10 @@ def verdicts(a, book, look):
         groups = [group for n in range(len(suspects), 0, -1) for group in itertools.combinations(suspects, n)]
         for group in groups:
             right = right or verdict(name, look(name, group), entry, entry["given"]["+".join(group)])[0]
-        text = f"right, with a stand-in for `{'`, `'.join(suspects)}`, whose mistakes cost no points here"
-        mistake = None
+        text, mistake = f"right, with a stand-in for `{'`, `'.join(suspects)}`, whose mistakes cost nothing here", None
         if not right:
-            right, text, mistake = verdict(name, look(name, ()), entry, entry["right"])
+            known = dict(wrong=[]) if suspects else {}  # what an earlier mistake does has no name here
+            right, text, mistake = verdict(name, look(name, ()), entry | known, entry["right"])
         if not right:
             follows = suspects and not mistake and text not in wrong.values()
             wrong[name] = text
