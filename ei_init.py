@@ -77,7 +77,8 @@ def ei_init(circuit, x):
     if not var > 0:
         raise ValueError(
             "the input of the layer is the same in every sample (Var[x] = 0), so all weights would be 0; the likely "
-            "cause is the layer before it, whose neurons all fire at each time step, or never, whatever the image is"
+            "cause: in the first layer, images that are all the same; in another one, the layer before it, whose "
+            "neurons fire at each time step, or never, whatever the image is"
         )
     d = circuit.fan_in
     m = (var / (d * (mean_square + var))).sqrt()

@@ -78,7 +78,10 @@ def simulate(current, tau=2.0, threshold=1.0, alpha=4.0):
 
 
 def lif(current, tau=2.0, threshold=1.0, alpha=4.0):
-    """Spikes of LIF neurons: I, (T, ...) -> s, (T, ...), each 0 or 1. Arguments and errors as for `simulate`."""
+    """Spikes of LIF neurons: I, (T, ...) -> s, (T, ...), each 0 or 1. Arguments and errors as for `simulate`.
+
+    For examples and for trying things out; networks use the class `LIF` below.
+    """
     _, spikes = simulate(current, tau, threshold, alpha)
     return torch.stack(spikes)
 

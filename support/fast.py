@@ -15,10 +15,11 @@ import ast
 import ctypes
 import hashlib
 import inspect
+import math
 import sys
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType, NoneType
+from types import CodeType, FunctionType, NoneType
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,13 @@ FastDANNCircuit = type("FastDANNCircuit", (DANNCircuit, FastCircuit), {})
 FastDANNCircuit2d = type("FastDANNCircuit2d", (DANNCircuit2d, FastCircuit2d), {})
 
 
-STEADY = (FastCircuit, nn.Conv2d, nn.Linear)  # what gives the same current for the same image at each time step
+STEADY = (FastCircuit, FastCircuit2d, FastDANNCircuit, FastDANNCircuit2d, nn.Conv2d, nn.Linear)
+
+
+def is_steady(circuit):
+    """Whether it gives the same current for the same image at each time step: none with a student's noise or hooks."""
+    own = circuit._forward_hooks or circuit._forward_pre_hooks or "forward" in vars(circuit)
+    return type(circuit) in STEADY and not own
 
 
 class FastLayer(Layer):
@@ -170,7 +177,7 @@ class FastLayer(Layer):
         x = (x[:1] if still else x).flatten(0, 1)  # (B, ...) or (T B, ...)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        if still and isinstance(self.circuit, STEADY):
+        if still and is_steady(self.circuit):
             # One step is computed, then expanded over time; the gradient of that is a sum, fast with channels last.
             current = self.circuit(x).movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
@@ -293,6 +300,9 @@ def fingerprint(function):
     return checksum(tree) if same_code(code, loaded.__code__) and not wrapped else None
 
 
+MODULES = (torch, F, nn, math)  # which the concept files use; another one under such a name is an edit
+
+
 def functions_of(thing, place):
     """All that a class or a function of the concept files leads to: {"lif.simulate": the function, ...}. place: the
     name under which `thing` was found. It counts where that comes from no concept file."""
@@ -301,20 +311,18 @@ def functions_of(thing, place):
         thing, place = left.pop()
         home = str(getattr(thing, "__module__", "")).partition(".")[0]
         if isinstance(thing, type) and home in CONCEPTS:
-            bases = [base for base in thing.__bases__ if not base.__module__.startswith(("torch", "builtins"))]
+            bases = [base for base in thing.__bases__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
             left += [(base, f"{home}.{thing.__name__}") for base in bases]  # also a student's mixin
-            members = {f"{home}.{thing.__name__}.{key}": getattr(m, "__func__", m) for key, m in vars(thing).items()}
-            left += [
-                (m, key)
-                for key, m in members.items()
-                if isinstance(m, property) or (callable(m) and not isinstance(m, type))
-            ]
+            members = [(getattr(m, "__func__", m), f"{home}.{thing.__name__}.{key}") for key, m in vars(thing).items()]
+            members = [(m, key) for m, key in members if not isinstance(m, type)]
+            left += [(m, key) for m, key in members if callable(m) or isinstance(m, property)]
             continue
         known = isinstance(thing, FunctionType) and home in CONCEPTS
         name = f"{home}.{thing.__qualname__}" if known else place
         if known and name not in found:
             code, scope = inspect.unwrap(thing).__code__, inspect.unwrap(thing).__globals__
-            names = [key for key in code.co_names if not isinstance(scope.get(key), ModuleType | dict | NoneType)]
+            names = [key for key in code.co_names if not isinstance(scope.get(key), dict | NoneType)]
+            names = [key for key in names if not any(scope[key] is module for module in MODULES)]
             left += [(scope[key], f"{home}.{key}") for key in names]
         found[name] = thing
     return found
@@ -340,8 +348,7 @@ def edited(module):
 
 def accelerate(model, batch=None):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
-    model: a network of `model.build` on its device, changed in place; parameters, names and random numbers stay.
-    batch: not looked at.
+    model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
 
     Returns the functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
     computes is left in its plain form.

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -237,6 +238,9 @@ def status(command, rank="0"):
             said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
         elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
             raise  # an error of the program
+        elif type(error) is ValueError:  # one that Python raises, in lines that a reader changed, names no place
+            *_, last = traceback.extract_tb(error.__traceback__)
+            said += "" if last.line.startswith("raise") else f" ({Path(last.filename).name}, line {last.lineno})"
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:

@@ -360,7 +360,7 @@ class Runs:
     """The runs in the folder `args.runs`, or the one that it is, which have the settings that are given in `args`."""
 
     def __init__(self, args):
-        self.folder, self.found, one = Path(args.runs), [], holds_run(args.runs)
+        self.folder, self.found, self.said, one = Path(args.runs), [], [], holds_run(args.runs)
         self.given = {key: vars(args)[key] for key in recipes.SETTINGS if vars(args)[key] is not None}
         root = self.given.pop("data_root", None)
         for path in [self.folder] if one else sorted(filter(holds_run, self.folder.glob("*/"))):
@@ -375,15 +375,17 @@ class Runs:
                 print(f"left out: {error}")
 
     def pick(self, **wanted):
-        """The run with these settings, else those of the paper's method; if nothing is said, the only run there is."""
-        if len(self.found) == 1 and not wanted:
-            return self.found[0]
+        """The run with these settings, else the paper's; if none is said, the only one. Names other equations once."""
         method = {key: self.given.get(key, value) for key, value in FULL.items()} | wanted
         fitting = [run for run in self.found if method.items() <= run.config.items()]
+        fitting = self.found if len(self.found) == 1 and not wanted else fitting
         if not fitting:
             said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
             raise ValueError(f"{self.folder} has no run with {said}: reproduce.py trains it, with the others' options")
         best = max(fitting, key=lambda run: sum(run.config[key] == value for key, value in WHAT.items()))
         if len(fitting) > 1:
             print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
+        if best not in self.said:
+            self.said.append(best)
+            best.say_other_equations()
         return best

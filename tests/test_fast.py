@@ -248,11 +248,16 @@ def test_lif(tau, threshold, alpha, T, still, device):
 @pytest.mark.parametrize("arch", SIZES)
 def test_a_still_image_passes_the_first_circuit_once(arch):
     for kind in ("ei", "plain", "dann"):  # in BN-SNN the variance counts every time step
-        model, sizes = fused(build(arch, kind=kind, T=3, **SIZES[arch])), []
-        layers(model)[0].circuit.register_forward_pre_hook(lambda _, a, s=sizes: s.append(len(a[0])))
-        model(torch.rand(5, 3, model.image_size, model.image_size))
-        model(torch.rand(5, 3, 3, model.image_size, model.image_size))
-        assert sizes == [5, 15]
+        model = fused(build(arch, kind=kind, T=3, **SIZES[arch]))
+        circuit, sizes, x = layers(model)[0].circuit, [], torch.rand(5, 3, model.image_size, model.image_size)
+        see = functools.partial(lambda c, s, m, args: s.append(len(args[0])) if m is c else None, circuit, sizes)
+        with nn.modules.module.register_module_forward_pre_hook(see):
+            model(x), model(x[:, None].repeat(1, 3, 1, 1, 1))
+            with circuit.register_forward_hook(lambda *_: None):  # a student's hook sees every time step
+                model(x)
+            circuit.__class__ = type("Noisy", (type(circuit),), {})  # and so does a class with noise
+            model(x)
+        assert sizes == [5, 15, 15, 15]
 
 
 def test_what_the_fused_forms_cannot_do_is_an_error():

@@ -137,20 +137,6 @@ def test_killed_many_times_and_damaged_now_and_then(calm):
     assert ended(*go_on())[0] == 0 and end("r") == calm
 
 
-def test_a_forked_child_does_not_keep_the_lock():
-    reading, writing = os.pipe()
-    if not os.fork():
-        Run.create("r", {})  # locked
-        if child := os.fork():
-            os.write(writing, str(child).encode())
-            os.kill(os.getpid(), signal.SIGKILL)  # without `close`
-        time.sleep(60)
-    child = int(os.read(reading, 20))
-    os.wait()
-    Run.create("r", {}).close()
-    os.kill(child, signal.SIGKILL)  # until now it lived
-
-
 PROGRAM = """import sys, time, train, test_train
 from support import data
 data.load, clamp = test_train.load, train.clamp_dale

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import train
+import visualize
 from model import build
 from support import data, recipes, runs
 from support.runs import Run
@@ -167,10 +168,11 @@ def test_the_run_folder_and_what_is_printed(finished, capsys):
     assert out.count("\nepoch ") == 3 and "firing rates" in out and "again" in out.splitlines()[-1]
     assert main(*TINY, "--seed", "1", "--out", "other") == 0
     assert end("again") == end(finished) != end("other")  # the same settings, the same bits
-    table, recorded = rows(finished), Run(finished).load()["histograms"]
+    table, state = rows(finished), Run(finished).load()
+    recorded, sgd = state["histograms"], state["optimizer"]["param_groups"]
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and list(table[0])[-1] == "rate_3"
     assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(table[2]["test_accuracy"])
-    assert len(recorded) == 4 and len(recorded[0]) == 3  # before the first epoch, and after each; layers
+    assert len(recorded) == 4 and len(recorded[0]) == 3 and sgd[0]["momentum"] == 0.9  # before and after epochs; layers
     assert sum(recorded[3][2]["i_int"]) == sum(recorded[3][2]["u"]) == 30 * 20 * 2  # neurons, test images, time steps
     best = max(table, key=lambda row: float(row["test_accuracy"]))
     capsys.readouterr()
@@ -406,15 +408,23 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
         assert last == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
 
 
-@pytest.mark.parametrize("option", ["--resume", "--eval"])
-def test_other_equations_are_named(option, finished, capsys):
-    path = finished / "config.json"
+def test_an_error_in_a_changed_line_names_its_place(monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *_: [a for a, b in ["xyz"]])
+    line = train.evaluate.__code__.co_firstlineno
+    assert f": too many values to unpack (expected 2) (test_train.py, line {line})" in fails(
+        capsys, *TINY, "--out", "r"
+    )
+
+
+@pytest.mark.parametrize("command", [(train.main, "--resume"), (train.main, "--eval"), (visualize.main, "weights")])
+def test_other_equations_are_named(command, finished, capsys):
+    path, (program, *option) = finished / "config.json", command
     known = json.loads(path.read_text())
     for entry in (known["equations"], known["equations"] | {"inhibition.py": "0123456789ab"}):
         path.write_text(json.dumps(known | dict(equations=entry)))
         for _ in range(2):  # a resumed run still knows with which it was begun
             capsys.readouterr()
-            assert main(option, finished) == 0
+            assert program([*option, str(finished)]) == 0
             lines = [line for line in capsys.readouterr().out.splitlines() if "other equations" in line]
             assert [": inhibition.py changed since" in line for line in lines] == [True] * (entry != known["equations"])
 
