@@ -123,7 +123,8 @@ def initialize(model, batch, init=ei_init):
         try:
             init(circuit, args[0])
         except ValueError as error:
-            raise ValueError(f"layer {names[circuit]}: {error}") from None
+            error.args = (f"layer {names[circuit]}: {error}",)
+            raise
 
     with ExitStack() as hooks:
         for circuit in names:

@@ -86,14 +86,13 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     """
     if state is None:
         prepare(config, dataset, model)  # E-I Init
-    if not plain:
-        accelerate(model)
+    edited = plain or accelerate(model)  # the equations that are not the paper's
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
     network = parallel.wrap(model)
     alone_on_gpu = dataset.train_x.is_cuda and parallel.world() == 1
-    take_step = Recorded(train_step) if alone_on_gpu and not plain else train_step  # the same, in one CUDA graph
+    take_step = Recorded(train_step) if alone_on_gpu and not edited else train_step  # the same, in one CUDA graph
 
     for epoch in progress.epochs():
         for step, x, y in progress.batches(epoch):

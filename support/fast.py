@@ -17,7 +17,7 @@ import hashlib
 import inspect
 import math
 import sys
-from functools import lru_cache
+from functools import lru_cache, partialmethod
 from pathlib import Path
 from types import CodeType, FunctionType, NoneType
 
@@ -32,15 +32,10 @@ from lif import LIF
 from model import AvgPool, Layer, Network
 
 
-def first_derivative_only(backward):
+def refuse_create_graph():
     """A backward pass written by hand is no part of the graph, so a second derivative through it would be wrong."""
-
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("support/fast.py has first derivatives only; for second ones do not call accelerate")
-        return backward(ctx, *grads)
-
-    return staticmethod(checked)
+    if torch.is_grad_enabled():
+        raise RuntimeError("support/fast.py has first derivatives only; for second ones do not call accelerate")
 
 
 def dtype_of_products(x):
@@ -70,8 +65,9 @@ class _LIF(torch.autograd.Function):
         ctx.leak, ctx.threshold, ctx.alpha = leak, threshold, alpha
         return spikes
 
-    @first_derivative_only
+    @staticmethod
     def backward(ctx, grad_spikes):
+        refuse_create_graph()
         (u,) = ctx.saved_tensors
         grad = torch.sub(u, ctx.threshold).mul_(ctx.alpha).sigmoid_()  # sigma; then dL/ds ds/du in its place
         torch.ops.aten.sigmoid_backward.grad_input(grad_spikes.to(grad.dtype), grad, grad_input=grad)
@@ -103,14 +99,15 @@ class _GainControl(torch.autograd.Function):
         i_div = s_i @ w.t()
         if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
             sample = i_div.view(len(currents), -1)
-            torch.maximum(sample, ei_prop.smallest_positive(sample), out=sample)
+            torch.maximum(sample, ei_prop.STABILIZERS["adaptive"](sample), out=sample)
         else:
             i_div += eps
         ctx.save_for_backward(balanced, s_i, i_div, w)
         return torch.addcdiv(b_e, balanced, i_div).view(*currents.shape[:-1], -1)
 
-    @first_derivative_only
+    @staticmethod
     def backward(ctx, grad):
+        refuse_create_graph()
         balanced, s_i, i_div, w = ctx.saved_tensors
         grad_currents = w.new_empty(*grad.shape[:-1], sum(w.shape))
         grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
@@ -133,9 +130,9 @@ class FastCircuit(EICircuit):
             currents.mul_(self.is_reached(x).to(currents.dtype))
         if self.readout:
             return currents.to(w.dtype)
-        w_div = w_ei * g_i  # g_I goes with the synapse in place of the activity
+        w_div = w_ei * g_i.flatten()  # g_I goes with the synapse in place of the activity
         if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
-            return _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e, self.eps).movedim(-1, 1)
+            return _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e.flatten(), self.eps).movedim(-1, 1)
         balanced, s_i = currents.split([self.n_e, self.n_i], 1)
         b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
         return ei_prop.divide(balanced.to(w.dtype), self.lateral(w_div, s_i), self.eps, self.ste) + b_e
@@ -162,22 +159,28 @@ FastDANNCircuit2d = type("FastDANNCircuit2d", (DANNCircuit2d, FastCircuit2d), {}
 
 
 STEADY = (FastCircuit, FastCircuit2d, FastDANNCircuit, FastDANNCircuit2d, nn.Conv2d, nn.Linear)
+USUAL = (*STEADY, nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, FastLIF, nn.ReLU)
 
 
-def is_steady(circuit):
-    """Whether it gives the same current for the same image at each time step: none with a student's noise or hooks."""
-    own = circuit._forward_hooks or circuit._forward_pre_hooks or "forward" in vars(circuit)
-    return type(circuit) in STEADY and not own
+def is_usual(layer):
+    """Whether nothing in it is a student's, which may tell time steps apart, write into its input, or use `view`."""
+    parts = [layer.neuron, *layer.circuit.modules()]
+    own = [key for m in parts for key, v in vars(m).items() if callable(v) or (key.endswith("_hooks") and v)]
+    eps = getattr(layer.circuit, "eps", "adaptive")
+    return not own and all(type(m) in USUAL for m in parts) and (eps == "adaptive" or eps not in ei_prop.STABILIZERS)
 
 
 class FastLayer(Layer):
     def forward(self, x):
         T, B = x.shape[:2]
+        if not is_usual(self):
+            current = self.circuit(x.flatten(0, 1).contiguous()).clone(memory_format=torch.contiguous_format)
+            return self.neuron(current.unflatten(0, (T, B)))
         still = T > 1 and x.stride(0) == 0  # an image that is the same at each time step
         x = (x[:1] if still else x).flatten(0, 1)  # (B, ...) or (T B, ...)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        if still and is_steady(self.circuit):
+        if still and isinstance(self.circuit, STEADY):
             # One step is computed, then expanded over time; the gradient of that is a sum, fast with channels last.
             current = self.circuit(x).movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
@@ -186,21 +189,12 @@ class FastLayer(Layer):
         return self.neuron(current.unflatten(0, (T, B)))
 
 
-class _AvgPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.odd = x.shape[2] % 2, x.shape[3] % 2
-        return F.avg_pool2d(x, 2)
-
-    @first_derivative_only
-    def backward(ctx, grad):
-        grad = F.interpolate(grad / 4, scale_factor=2, mode="nearest")
-        return F.pad(grad, (0, ctx.odd[1], 0, ctx.odd[0])) if any(ctx.odd) else grad  # the last row met no window
-
-
 class FastAvgPool(AvgPool):
     def forward(self, x):
-        return _AvgPool.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if x.is_cuda:  # there the gradient of an interpolation is slow
+            return super().forward(x)
+        half = F.interpolate(x.flatten(0, 1), scale_factor=0.5, mode="bilinear")  # between two pixels: their mean
+        return half.unflatten(0, x.shape[:2])
 
 
 class Bfloat16Network(Network):
@@ -212,11 +206,12 @@ class Bfloat16Network(Network):
 def use_bfloat16(model):
     """Has a network compute convolutions and matrix products in 16 bits, and all else as it is, in place. Parameters,
     membrane potentials and the division keep 32 bits. Spikes are exact in 16."""
-    model.__class__ = Bfloat16Network
+    if not isinstance(model, Bfloat16Network):  # of a student's class there is one of its own
+        own = (Bfloat16Network, type(model))
+        model.__class__ = Bfloat16Network if type(model) is Network else type("Bfloat16Network", own, {})
     cpuinfo = Path("/proc/cpuinfo")  # Linux
     if next(model.parameters()).is_cpu and not (cpuinfo.exists() and "bf16" in cpuinfo.read_text()):
-        print("no bfloat16 instructions of this processor were found; without them a training step takes 2.2 times as")
-        print("long as in float32 (with AVX-512), or 15 times (with AVX2)")
+        print("no bfloat16 instructions found: a step takes 2.2 times as long as in float32 (AVX-512) or 15 (AVX2)")
 
 
 FORMS = {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgPool: FastAvgPool, Layer: FastLayer}
@@ -315,7 +310,7 @@ def functions_of(thing, place):
             left += [(base, f"{home}.{thing.__name__}") for base in bases]  # also a student's mixin
             members = [(getattr(m, "__func__", m), f"{home}.{thing.__name__}.{key}") for key, m in vars(thing).items()]
             members = [(m, key) for m, key in members if not isinstance(m, type)]
-            left += [(m, key) for m, key in members if callable(m) or isinstance(m, property)]
+            left += [(m, key) for m, key in members if callable(m) or isinstance(m, property | partialmethod)]
             continue
         known = isinstance(thing, FunctionType) and home in CONCEPTS
         name = f"{home}.{thing.__qualname__}" if known else place
@@ -347,7 +342,8 @@ def edited(module):
 
 
 def accelerate(model, batch=None):
-    """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for.
+    """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for. Change
+    functions and modules before; if you do so later, call it again.
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
 
     Returns the functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
@@ -356,9 +352,11 @@ def accelerate(model, batch=None):
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
-    differing = set()
+    differing, plain = set(), {form: plain for plain, form in FORMS.items()}
     for module in model.modules():
-        if isinstance(module, tuple(FORMS)) and not isinstance(module, tuple(FORMS.values())):
+        if type(module) in plain:
+            module.__class__ = plain[type(module)]
+        if isinstance(module, tuple(FORMS)):
             names = edited(module)
             differing |= names
             if not names:

@@ -93,7 +93,8 @@ def settings(args):
     return config
 
 
-SETTINGS = list(settings(argparse.Namespace()))  # their names
+SETTINGS = settings(argparse.Namespace())  # their names and defaults
+HOUSE = Path(__file__).parents[1], Path(__file__).parent
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,7 +142,6 @@ def add_settings(p):
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
     p.add_argument("--plan", type=lambda text: "-".join(re.findall(r"[^\s,-]+", text)), help='layers, "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
-    p.add_argument("--model", choices=KINDS, dest="kind", help=argparse.SUPPRESS)  # its name until now
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     names = ["auto", *AUGMENTATIONS]
@@ -238,8 +238,9 @@ def status(command, rank="0"):
             said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
         elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
             raise  # an error of the program
-        elif type(error) is ValueError:  # one that Python raises, in lines that a reader changed, names no place
-            *_, last = traceback.extract_tb(error.__traceback__)
+        elif type(error) is ValueError:  # of Python or torch, in a line that a reader changed: it names no place
+            frames = traceback.extract_tb(error.__traceback__)
+            last = [frame for frame in frames if Path(frame.filename).parent in HOUSE][-1]
             said += "" if last.line.startswith("raise") else f" ({Path(last.filename).name}, line {last.lineno})"
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2

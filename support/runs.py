@@ -70,7 +70,7 @@ def equations():
     found = {}
     for name in ("lif.py", "ei_prop.py", "inhibition.py", "ei_init.py", "baselines.py", "model.py"):
         tree = ast.parse(Path(networks.__file__).with_name(name).read_text(encoding="utf-8"))
-        tree.body = [part for part in tree.body if not isinstance(part, ast.If)]  # if __name__ == "__main__"
+        tree.body = [part for part in tree.body if not ast.unparse(part).startswith("if __name__ ==")]
         found[name] = checksum(tree)
     return found
 
@@ -237,7 +237,8 @@ class Run:
 
 def checked(config):
     """These settings. They are not those of a run of this version of the program: a ValueError."""
-    if odd := config.keys() ^ recipes.SETTINGS:
+    usual = recipes.SETTINGS
+    if odd := config.keys() ^ usual or {k for k, v in usual.items() if k != "eps" and type(config[k]) is not type(v)}:
         raise ValueError(f"damaged, or of another version: see its {min(odd)}")
     return config
 

@@ -153,7 +153,7 @@ def test_bfloat16(device):
     assert {p.dtype for p in model.parameters()} == {model(batch).dtype} == {torch.float32}
 
 
-@pytest.mark.parametrize("flags, lines", [("flags : avx512_bf16", 0), ("Features : i8mm bf16", 0), ("flags : avx2", 2)])
+@pytest.mark.parametrize("flags, lines", [("flags : avx512_bf16", 0), ("Features : i8mm bf16", 0), ("flags : avx2", 1)])
 def test_a_processor_without_bfloat16_is_told(flags, lines, monkeypatch, capsys):
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda _: flags)
@@ -239,30 +239,43 @@ def test_lif(tau, threshold, alpha, T, still, device):
         x = x.double().expand(T, *x.shape) if still else torch.stack([x.double()] * T)
         assert_equal(LIF(tau, threshold, alpha), x)
         assert torch.equal(FastLIF(tau, threshold, alpha)(x), LIF(tau, threshold, alpha)(x))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda t: t):
-        FastLIF()(x.clone().requires_grad_())
-    assert kept == [x.numel()]  # only the potential
 
 
 @pytest.mark.parametrize("arch", SIZES)
 def test_a_still_image_passes_the_first_circuit_once(arch):
     for kind in ("ei", "plain", "dann"):  # in BN-SNN the variance counts every time step
         model = fused(build(arch, kind=kind, T=3, **SIZES[arch]))
-        circuit, sizes, x = layers(model)[0].circuit, [], torch.rand(5, 3, model.image_size, model.image_size)
-        see = functools.partial(lambda c, s, m, args: s.append(len(args[0])) if m is c else None, circuit, sizes)
+        first, sizes, x = layers(model)[0], [], torch.rand(5, 3, model.image_size, model.image_size)
+        see = functools.partial(lambda c, s, m, args: s.append(len(args[0])) if m is c else None, first.circuit, sizes)
         with nn.modules.module.register_module_forward_pre_hook(see):
             model(x), model(x[:, None].repeat(1, 3, 1, 1, 1))
-            with circuit.register_forward_hook(lambda *_: None):  # a student's hook sees every time step
-                model(x)
-            circuit.__class__ = type("Noisy", (type(circuit),), {})  # and so does a class with noise
+            first.neuron = nn.Hardtanh(inplace=True)  # it writes into its input, at each time step
             model(x)
-        assert sizes == [5, 15, 15, 15]
+        assert sizes == [5, 15, 15]
+
+
+OWN = dict(  # what a student may change in a layer
+    nothing=lambda layer: None,
+    hook=lambda layer: layer.circuit.register_forward_hook(lambda *_: None),
+    gradient=lambda layer: layer.circuit.register_full_backward_pre_hook(lambda *_: None),
+    circuit=lambda layer: setattr(layer.circuit, "__class__", type("Noisy", (type(layer.circuit),), {})),
+    function=lambda layer: setattr(layer.circuit, "noise", torch.randn),
+    neuron=lambda layer: setattr(layer, "neuron", LIF()),
+    stabilizer=lambda layer: setattr(layer.circuit, "eps", "largest"),
+)
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_layer_with_something_of_a_student_runs_plain(own, monkeypatch):
+    monkeypatch.setitem(ei_prop.STABILIZERS, "largest", largest)
+    layer = layers(fused(build("vgg8", width=0.1)))[0]
+    OWN[own](layer)
+    assert fast.is_usual(layer) == (own == "nothing")
 
 
 def test_what_the_fused_forms_cannot_do_is_an_error():
     """Second derivatives and torch.func: the backward passes are written by hand."""
-    cases = [(LIF(), torch.rand(3, 4)), (AvgPool(), torch.rand(2, 3, 4, 6, 6)), (EICircuit(12, 8), torch.rand(4, 12))]
+    cases = [(LIF(), torch.rand(3, 4)), (EICircuit(12, 8), torch.rand(4, 12))]
     for plain, x in [*cases, (EICircuit2d(3, 8, 3), torch.rand(4, 3, 6, 6))]:
         form = fused(plain)
         with pytest.raises(RuntimeError, match="first derivatives only; for second ones do not call accelerate"):
@@ -343,15 +356,10 @@ EDITS = [
     ("ei_prop", "stabilize", "i_div > 0, i_div", "i_div > 1e-6, i_div", EI | DANN),
     ("ei_prop", "smallest_positive", "return positive.amin(", "return positive.clamp(min=1e-9).amin(", EI),
     ("ei_prop", "straight_through", "(value - x).detach()", "(value - x)", EI | DANN),
-    ("ei_prop", "scale_gradient", "w.detach() + factor", "w.detach() + 2 * factor", EI | DANN),
     ("ei_prop", "<lambda>", '"adaptive": smallest_positive', '"adaptive": lambda i_div: i_div + 1', EI),
     ("inhibition", "EICircuit.currents", "i_int=i_int)", "i_int=i_int.clamp(-10, 10))", EI | DANN),
-    ("inhibition", "EICircuit.scaled", "1 / self.fan_in)", "self.fan_in**-0.5)", EI | DANN),
     ("inhibition", "EICircuit.lateral", "w_ei, s).to", "w_ei, s.clamp(max=9)).to", EI | DANN),
-    ("inhibition", "EICircuit.product", "F.linear(x, w)", "F.linear(x, w.abs())", EI | DANN),
-    ("inhibition", "EICircuit.is_reached", "keepdim=True) > 0", "keepdim=True) > 1", EI | DANN),
     ("inhibition", "EICircuit2d", "2d(EICircuit):", "2d(EICircuit, __import__('contextlib').ContextDecorator):", CONV),
-    ("inhibition", "EICircuit2d.product", "stride=self.stride, padding", "stride=1 * self.stride, padding", CONV),
     ("baselines", "DANN.__init__", "0.5 * math.log(", "math.log(", DANN),
     ("baselines", "DANN.inhibitory_parameters", "scale_gradient(self.w_ei, 1 / self.fan_in)", "self.w_ei", DANN),
     ("model", "Layer.forward", "return self.neuron(", "return 2 * self.neuron(", {"Layer"}),
@@ -396,7 +404,7 @@ AT_RUN_TIME = [
     (inhibition, "divide", functools.partial(ei_prop.divide, ste=False), "inhibition.divide", EI | DANN),
     (baselines, "scale_gradient", lambda w, _: w, "baselines.scale_gradient", DANN),
     (EICircuit, "currents", lambda self, x: dict(i_int=x), "inhibition.EICircuit.currents", EI | DANN),
-    (EICircuit2d, "lateral", lambda self, w, s: s, "inhibition.EICircuit2d.lateral", CONV),
+    (EICircuit2d, "lateral", functools.partialmethod(torch.mul), "inhibition.EICircuit2d.lateral", CONV),
     (EICircuit2d, "is_reached", None, "inhibition.EICircuit2d.is_reached", CONV),
     (lif, "simulate", wrapped(lif.simulate), "lif.simulate", {"LIF"}),
     (lif, "Spike", types.SimpleNamespace(apply=lambda u, *_: u.sigmoid()), "lif.Spike", {"LIF"}),

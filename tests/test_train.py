@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import runpy
 import shutil
 import signal
@@ -408,12 +409,12 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
         assert last == f"the BN-SNN beside it, {bn}, was made with other {words}: not compared"
 
 
-def test_an_error_in_a_changed_line_names_its_place(monkeypatch, capsys):
-    monkeypatch.setattr(train, "evaluate", lambda *_: [a for a, b in ["xyz"]])
-    line = train.evaluate.__code__.co_firstlineno
-    assert f": too many values to unpack (expected 2) (test_train.py, line {line})" in fails(
-        capsys, *TINY, "--out", "r"
-    )
+@pytest.mark.parametrize("line, words", [("a, b = 'xyz'", "to unpack (expected 2"), ("F.dropout(x, p=2)", "between 0")])
+def test_an_error_in_a_changed_line_names_its_place(line, words, monkeypatch, capsys):
+    code = compile(f"def edited(*_):\n    {line}", str(Path(train.__file__).with_name("lif.py")), "exec")
+    exec(code, scope := dict(F=torch.nn.functional, x=torch.ones(1)))
+    monkeypatch.setattr(train, "evaluate", scope["edited"])
+    assert re.search(f"{re.escape(words)}.* \\(lif.py, line 2\\)\n$", fails(capsys, *TINY, "--out", "r"))
 
 
 @pytest.mark.parametrize("command", [(train.main, "--resume"), (train.main, "--eval"), (visualize.main, "weights")])
