@@ -103,15 +103,15 @@ class _GainControl(torch.autograd.Function):
         else:
             i_div += eps
         ctx.save_for_backward(balanced, s_i, i_div, w)
-        return torch.addcdiv(b_e, balanced, i_div).view(*currents.shape[:-1], -1)
+        ctx.shape = currents.shape
+        return torch.addcdiv(b_e, balanced, i_div)
 
     @staticmethod
     def backward(ctx, grad):
         refuse_create_graph()
         balanced, s_i, i_div, w = ctx.saved_tensors
-        grad_currents = w.new_empty(*grad.shape[:-1], sum(w.shape))
+        grad_currents = w.new_empty(ctx.shape)
         grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
-        grad = grad.reshape(-1, w.shape[0])
         # Both gradients go to where one convolution's gradient is needed.
         torch.div(grad.to(i_div.dtype), i_div, out=grad_balanced)
         minus_grad_div = torch.mul(grad_balanced, balanced).div_(i_div)
@@ -132,7 +132,8 @@ class FastCircuit(EICircuit):
             return currents.to(w.dtype)
         w_div = w_ei * g_i.flatten()  # g_I goes with the synapse in place of the activity
         if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
-            return _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e.flatten(), self.eps).movedim(-1, 1)
+            rows = _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e.flatten(), self.eps)
+            return rows.view(len(x), *currents.shape[2:], -1).movedim(-1, 1)
         balanced, s_i = currents.split([self.n_e, self.n_i], 1)
         b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
         return ei_prop.divide(balanced.to(w.dtype), self.lateral(w_div, s_i), self.eps, self.ste) + b_e
@@ -164,7 +165,7 @@ USUAL = (*STEADY, nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, FastLIF, nn.ReL
 
 def is_usual(layer):
     """Whether nothing in it is a student's, which may tell time steps apart, write into its input, or use `view`."""
-    parts = [layer.neuron, *layer.circuit.modules()]
+    _, *parts = layer.modules()
     own = [key for m in parts for key, v in vars(m).items() if callable(v) or (key.endswith("_hooks") and v)]
     eps = getattr(layer.circuit, "eps", "adaptive")
     return not own and all(type(m) in USUAL for m in parts) and (eps == "adaptive" or eps not in ei_prop.STABILIZERS)
@@ -347,8 +348,7 @@ def accelerate(model, batch=None):
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
 
     Returns the functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
-    computes is left in its plain form.
-    """
+    computes is left in its plain form."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
