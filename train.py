@@ -47,7 +47,7 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     """One step of training: forward, backward, and Dale's law.
 
     On a GPU its operations are recorded and then repeated (`support.fast.Recorded`), so what changes from step to step
-    must be a tensor there. `--plain` records nothing.
+    must be a tensor there. With `--plain`, or an equation that was changed, nothing is recorded.
 
     Args:
         x: images (B, C, H, W) or frames (B, T, C, H, W), intensities >= 0.

@@ -8,7 +8,7 @@ The time of a training step without each form (VGG-8, batch 64, two CPU cores):
 - circuit, 2.07: I_EE - I_sub = (W_EE - W_EI W_IE) * x, for s_I is linear in x: one kernel with a sign for two products,
   one convolution for both populations; of it the division 1.32, and 2x2 maps, with which a VGG ends, 1.04.
 - layer, 1.18: a still image passes the first circuit once, not T times; in BN-SNN, 1.18: channels last in memory.
-- LIF, 1.08: only u is kept for the backward pass. Pooling, 1.00: the spikes are not kept, a quarter of the memory.
+- LIF, 1.08: only u is kept for the backward pass. Pooling, 1.00: the spikes are not kept, a quarter of a CPU's memory.
 """
 
 import ast
@@ -112,8 +112,7 @@ class _GainControl(torch.autograd.Function):
         balanced, s_i, i_div, w = ctx.saved_tensors
         grad_currents = w.new_empty(ctx.shape)
         grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
-        # Both gradients go to where one convolution's gradient is needed.
-        torch.div(grad.to(i_div.dtype), i_div, out=grad_balanced)
+        torch.div(grad.to(i_div.dtype), i_div, out=grad_balanced)  # where one convolution's gradient is needed
         minus_grad_div = torch.mul(grad_balanced, balanced).div_(i_div)
         torch.mm(minus_grad_div, -w, out=grad_s_i)
         return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
@@ -166,27 +165,25 @@ USUAL = (*STEADY, nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, FastLIF, nn.ReL
 def is_usual(layer):
     """Whether nothing in it is a student's, which may tell time steps apart, write into its input, or use `view`."""
     _, *parts = layer.modules()
-    own = [key for m in parts for key, v in vars(m).items() if callable(v) or (key.endswith("_hooks") and v)]
+    own = [k for m in parts for k, v in vars(m).items() if callable(v) or (k.endswith(("_hooks", "inplace")) and v)]
     eps = getattr(layer.circuit, "eps", "adaptive")
     return not own and all(type(m) in USUAL for m in parts) and (eps == "adaptive" or eps not in ei_prop.STABILIZERS)
 
 
 class FastLayer(Layer):
     def forward(self, x):
-        T, B = x.shape[:2]
-        if not is_usual(self):
-            current = self.circuit(x.flatten(0, 1).contiguous()).clone(memory_format=torch.contiguous_format)
-            return self.neuron(current.unflatten(0, (T, B)))
-        still = T > 1 and x.stride(0) == 0  # an image that is the same at each time step
+        (T, B), usual = x.shape[:2], is_usual(self)
+        still = usual and T > 1 and x.stride(0) == 0  # an image that is the same at each time step
         x = (x[:1] if still else x).flatten(0, 1)  # (B, ...) or (T B, ...)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last if usual and x.dim() == 4 else torch.contiguous_format)
         if still and isinstance(self.circuit, STEADY):
             # One step is computed, then expanded over time; the gradient of that is a sum, fast with channels last.
             current = self.circuit(x).movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
-        x = torch.cat([x] * T) if still else x  # BN-SNN counts every time step in its variance
-        current = self.circuit(x).to(next(self.circuit.parameters()).dtype)  # with autocast, the membrane keeps 32 bits
+        current = self.circuit(torch.cat([x] * T) if still else x)  # BN-SNN counts every time step in its variance
+        # With autocast, the membrane keeps 32 bits.
+        current = current.to(torch.promote_types(current.dtype, next(self.parameters(), x).dtype))
+        current = current if usual else current.clone(memory_format=torch.contiguous_format)
         return self.neuron(current.unflatten(0, (T, B)))
 
 

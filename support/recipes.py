@@ -241,7 +241,8 @@ def status(command, rank="0"):
         elif type(error) is ValueError:  # of Python or torch, in a line that a reader changed: it names no place
             frames = traceback.extract_tb(error.__traceback__)
             last = [frame for frame in frames if Path(frame.filename).parent in HOUSE][-1]
-            said += "" if last.line.startswith("raise") else f" ({Path(last.filename).name}, line {last.lineno})"
+            place = f" ({Path(last.filename).name}, line {last.lineno})"
+            said += "" if last.line.startswith("raise") or "fast.py" in place else place
         sys.stderr.write(f"error: {said}\n" if rank == "0" else f"process {rank}: {said}\n")  # at once
         return 2
     finally:

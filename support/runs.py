@@ -238,7 +238,7 @@ class Run:
 def checked(config):
     """These settings. They are not those of a run of this version of the program: a ValueError."""
     usual = recipes.SETTINGS
-    if odd := config.keys() ^ usual or {k for k, v in usual.items() if k != "eps" and type(config[k]) is not type(v)}:
+    if odd := config.keys() ^ usual or {k for k, v in usual.items() if k != "eps" and type(v)(config[k]) != config[k]}:
         raise ValueError(f"damaged, or of another version: see its {min(odd)}")
     return config
 

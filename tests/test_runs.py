@@ -57,6 +57,7 @@ def test_a_run_folder_round_trip(run, capsys):
     assert result["config"] == CONFIG and names(run.folder) == [*KEPT, "result.json"]
     run.save(STATE)
     assert names(run.folder) == KEPT  # a result of more epochs, or of fewer, does not survive
+    assert [Run(path.parent) for path in Path(runs.__file__).parents[1].glob("results/**/config.json")]
 
 
 def test_outcome():
