@@ -86,7 +86,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     """
     if state is None:
         prepare(config, dataset, model)  # E-I Init
-    edited = plain or accelerate(model)  # the equations that are not the paper's
+    edited = plain or accelerate(model)  # or the names of the equations that were changed
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)

@@ -158,6 +158,7 @@ FastDANNCircuit = type("FastDANNCircuit", (DANNCircuit, FastCircuit), {})
 FastDANNCircuit2d = type("FastDANNCircuit2d", (DANNCircuit2d, FastCircuit2d), {})
 
 
+# What gives the same current for the same image at each time step; and what else stands in a layer of ours.
 STEADY = (FastCircuit, FastCircuit2d, FastDANNCircuit, FastDANNCircuit2d, nn.Conv2d, nn.Linear)
 USUAL = (*STEADY, nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, FastLIF, nn.ReLU)
 
