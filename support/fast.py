@@ -190,7 +190,7 @@ class FastLayer(Layer):
 
 class FastAvgPool(AvgPool):
     def forward(self, x):
-        if x.is_cuda:  # there the gradient of an interpolation is slow
+        if x.is_cuda:  # not tried there, and its memory is larger
             return super().forward(x)
         half = F.interpolate(x.flatten(0, 1), scale_factor=0.5, mode="bilinear")  # between two pixels: their mean
         return half.unflatten(0, x.shape[:2])
