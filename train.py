@@ -28,21 +28,6 @@ def learning_rate(config, step, steps_per_epoch):
     return config["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def guard_gradients(loss, model):
-    """Keeps the parameters finite: if the loss or a gradient is NaN or infinite, all gradients become 0.
-
-    Returns:
-        Whether they were finite: a tensor (), which is not read here, for that would wait for a GPU.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])  # NaN passes through
-    finite = loss.detach().isfinite() & extremes.isfinite().all()
-    if finite.is_cuda or not finite:
-        for gradient in gradients:
-            gradient.copy_(torch.where(finite, gradient, 0))
-    return finite
-
-
 def train_step(network, optimizer, x, y, clip_norm=0.0):
     """One step of training: forward, backward, and Dale's law.
 
@@ -61,10 +46,10 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     loss = F.cross_entropy(logits, y)
     optimizer.zero_grad()
     loss.backward()  # through time, with surrogate gradients
-    finite = guard_gradients(loss, network)
-    if clip_norm:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    if finite.is_cuda or finite:  # on a GPU a look would wait for it; the gradients are 0 there
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm or math.inf)  # of all gradients, before: ()
+    finite = (loss.detach() + norm).isfinite()
+    optimizer.found_inf = (~finite).float()  # if it is 1, a fused optimizer changes nothing; others do not look at it
+    if finite.is_cuda or finite:  # on a GPU a look would wait for it
         optimizer.step()
     clamp_dale(network)  # Dale's law
     return loss.detach(), (logits.argmax(1) == y).float().mean(), finite

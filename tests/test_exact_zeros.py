@@ -117,12 +117,12 @@ def test_without_onednn_a_network_trains(form):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("tf32", [False, True])
-def test_on_a_gpu_silent_positions_are_exactly_zero(tf32, benchmark):
+def test_on_a_gpu_silent_positions_are_exactly_zero(tf32, search):
     """Whatever algorithm cuDNN chooses, and in TF32, whose products have 10 bits of mantissa."""
     sizes = [(3, 64, 32), (64, 128, 16), (128, 256, 8), (256, 512, 4), (512, 512, 2)]  # those of VGG-8's layers
-    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=tf32):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=search, allow_tf32=tf32):
         for in_channels, n_e, side in sizes:
             for kernel, padding in ((3, 1), (1, 0)):
                 circuit = EICircuit2d(in_channels, n_e, kernel, padding=padding).cuda()
