@@ -46,9 +46,11 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     loss = F.cross_entropy(logits, y)
     optimizer.zero_grad()
     loss.backward()  # through time, with surrogate gradients
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm or math.inf)  # of all gradients, before: ()
-    finite = (loss.detach() + norm).isfinite()
+    norms = torch._foreach_norm([p.grad for p in network.parameters() if p.grad is not None])  # one () each
+    finite = (loss.detach() + torch.stack(norms).sum()).isfinite()
     optimizer.found_inf = (~finite).float()  # if it is 1, a fused optimizer changes nothing; others do not look at it
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
     if finite.is_cuda or finite:  # on a GPU a look would wait for it
         optimizer.step()
     clamp_dale(network)  # Dale's law
