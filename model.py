@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines import DANNCircuit, DANNCircuit2d, bn_conv, bn_dense, plain_conv, plain_dense
+from homeostasis import HomeostaticCircuit, HomeostaticCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 
@@ -32,11 +33,13 @@ PLANS = {
     "resnet18": [64, 128, 256, 512],  # maps of its stem and four stages
 }
 ARCHS = list(PLANS)
-KINDS = ["ei", "bn", "plain", "dann"]
+KINDS = ["ei", "bn", "plain", "dann", "homeostasis"]
 DENSE = dict(ei=EICircuit, bn=bn_dense, plain=plain_dense, dann=DANNCircuit)  # what stands in a layer, by kind
 CONV = dict(ei=EICircuit2d, bn=bn_conv, plain=plain_conv, dann=DANNCircuit2d)
+DENSE["homeostasis"], CONV["homeostasis"] = HomeostaticCircuit, HomeostaticCircuit2d
 NEURON_OPTIONS = ("tau", "threshold", "alpha")  # see `lif.simulate`; those of the circuits by kind: see `EICircuit`
 CIRCUIT_OPTIONS = dict(ei=("ei_ratio", "eps", "ste", "grad_scaling"), bn=(), plain=(), dann=("ei_ratio",))
+CIRCUIT_OPTIONS["homeostasis"] = CIRCUIT_OPTIONS["ei"]
 
 
 class Layer(nn.Module):
@@ -222,7 +225,7 @@ def build(arch, in_channels=3, n_classes=10, T=4, kind="ei", image_size=32, plan
         encoder = MLP(plan, in_channels * image_size**2, layer)
     else:
         encoder = VGG(plan, in_channels, image_size, layer)
-    if kind in ("ei", "dann"):
+    if kind in ("ei", "dann", "homeostasis"):
         readout = DENSE[kind](encoder.n_features, n_classes, readout=True, **of_circuit)
     else:
         readout = nn.Linear(encoder.n_features, n_classes)

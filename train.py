@@ -12,6 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from homeostasis import conserve_synapses
 from inhibition import clamp_dale
 from support import data, official, parallel, recipes
 from support.fast import Recorded, accelerate, keep_memory
@@ -54,6 +55,7 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     if finite.is_cuda or finite:  # on a GPU a look would wait for it
         optimizer.step()
     clamp_dale(network)  # Dale's law
+    conserve_synapses(network)  # of --kind homeostasis
     return loss.detach(), (logits.argmax(1) == y).float().mean(), finite
 
 

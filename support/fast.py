@@ -27,6 +27,7 @@ from torch import nn
 
 import ei_prop
 from baselines import DANNCircuit, DANNCircuit2d
+from homeostasis import HomeostaticCircuit, HomeostaticCircuit2d
 from inhibition import EICircuit, EICircuit2d
 from lif import LIF
 from model import AvgPool, Layer, Network
@@ -154,12 +155,12 @@ def _conv_2x2(x, w):
     return rows.view(-1, 2, 2, w.shape[0]).permute(0, 3, 1, 2)
 
 
-FastDANNCircuit = type("FastDANNCircuit", (DANNCircuit, FastCircuit), {})
-FastDANNCircuit2d = type("FastDANNCircuit2d", (DANNCircuit2d, FastCircuit2d), {})
+FORMS = (DANNCircuit, DANNCircuit2d, HomeostaticCircuit, HomeostaticCircuit2d)  # circuits whose fused form is the same
+FORMS = {c: type("Fast", (c, FastCircuit2d if issubclass(c, EICircuit2d) else FastCircuit), {}) for c in FORMS}
 
 
 # What gives the same current for the same image at each time step; and what else stands in a layer of ours.
-STEADY = (FastCircuit, FastCircuit2d, FastDANNCircuit, FastDANNCircuit2d, nn.Conv2d, nn.Linear)
+STEADY = (FastCircuit, FastCircuit2d, *FORMS.values(), nn.Conv2d, nn.Linear)
 USUAL = (*STEADY, nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, FastLIF, nn.ReLU)
 
 
@@ -213,27 +214,26 @@ def use_bfloat16(model):
         print("no bfloat16 instructions found: a step takes 2.2 times as long as in float32 (AVX-512) or 15 (AVX2)")
 
 
-FORMS = {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgPool: FastAvgPool, Layer: FastLayer}
-FORMS |= {DANNCircuit: FastDANNCircuit, DANNCircuit2d: FastDANNCircuit2d}
+FORMS |= {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgPool: FastAvgPool, Layer: FastLayer}
 
 
 # A checksum of each function that a fused form stands for. After a change of one, tests/test_fast.py says the new one:
 # put it here when the other tests of that file have shown that plain and fused are equal.
 _pairs = """
-    baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180
-    ei_prop.divide 19fcf8e48779  ei_prop.scale_gradient 5b5b171c2520  ei_prop.smallest_positive 6bebe15ba635
-    ei_prop.stabilize 9d6be9594203  ei_prop.straight_through 0826f0058070
-    inhibition.EICircuit.__init__ c8f72c5493ee  inhibition.EICircuit.currents 69ccc3c402cd
-    inhibition.EICircuit.extra_repr 6d9cc770cff5  inhibition.EICircuit.forward 9eb5b79b662d
-    inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7  inhibition.EICircuit.is_reached 52946c844d09
-    inhibition.EICircuit.lateral 03b1740b1f1a  inhibition.EICircuit.product 09171db9491e
-    inhibition.EICircuit.scaled 5baa23733963  inhibition.EICircuit.synapses b848e127b27f
-    inhibition.EICircuit2d.__init__ dcf8d1859489  inhibition.EICircuit2d.is_reached 130a7f40af8a
-    inhibition.EICircuit2d.product 4309ce30ea80  lif.LIF.__init__ 3eda42f2017f  lif.LIF.extra_repr 4dea997248e9
-    lif.LIF.forward 9ef537752584  lif.LIF.membrane_potential ee5833009f10  lif.LIF.simulate 3a04552d3938
-    lif.Spike.backward 75aee6ae5666  lif.Spike.forward 9e418c08b983  lif.Spike.setup_context ba32b189598e
-    lif.check_neuron 5c2f6a218fd0  lif.simulate 17596fc7bdee  model.AvgPool.forward b49f03c86895
-    model.Layer.__init__ 8927d015ea48  model.Layer.forward b4012e9aa5d1
+    baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180  ei_prop.divide 19fcf8e48779
+    ei_prop.scale_gradient 5b5b171c2520  ei_prop.smallest_positive 6bebe15ba635  ei_prop.stabilize 9d6be9594203
+    ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ 4d5081b9136d  lif.LIF.__init__ 3eda42f2017f
+    homeostasis.Homeostasis.adapt 488c987f56eb  homeostasis.Homeostasis.forward 4dbdc4eceb74  lif.simulate 17596fc7bdee
+    homeostasis.Homeostasis.rows d1b759762e57  inhibition.EICircuit.__init__ c8f72c5493ee  lif.LIF.forward 9ef537752584
+    inhibition.EICircuit.currents 69ccc3c402cd  inhibition.EICircuit.extra_repr 6d9cc770cff5
+    inhibition.EICircuit.forward 9eb5b79b662d  inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7
+    inhibition.EICircuit.is_reached 52946c844d09  inhibition.EICircuit.lateral 03b1740b1f1a
+    inhibition.EICircuit.product 09171db9491e  inhibition.EICircuit.scaled 5baa23733963  lif.LIF.extra_repr 4dea997248e9
+    inhibition.EICircuit.synapses b848e127b27f  inhibition.EICircuit2d.__init__ dcf8d1859489
+    inhibition.EICircuit2d.is_reached 130a7f40af8a  inhibition.EICircuit2d.product 4309ce30ea80
+    lif.LIF.membrane_potential ee5833009f10  lif.LIF.simulate 3a04552d3938  lif.Spike.backward 75aee6ae5666
+    lif.Spike.forward 9e418c08b983  lif.Spike.setup_context ba32b189598e  lif.check_neuron 5c2f6a218fd0
+    model.AvgPool.forward b49f03c86895  model.Layer.__init__ 8927d015ea48  model.Layer.forward b4012e9aa5d1
 """.split()
 FINGERPRINTS = dict(zip(_pairs[::2], _pairs[1::2], strict=True))
 CONCEPTS = {name.partition(".")[0] for name in FINGERPRINTS}  # lif, inhibition, ...

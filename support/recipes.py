@@ -28,12 +28,13 @@ RECIPES = [
     ("*", "*", "dann", dict(lr=0.02, T=1, clip_norm=1.0)),
     ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup_1_in=30)),
     ("*", "mlp vgg8 vgg11", "dann", dict(warmup_1_in=30)),
+    ("*", "*", "homeostasis", dict(lr=0.05, eps=0.3, warmup_1_in=30)),
     ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup_1_in=30, warmup_from=1e-3)),
     ("cifar10-dvs dvs-gesture", "*", "*", dict(batch_size=32, image_size=48)),
     ("cifar10-dvs dvs-gesture", "*", "ei", dict(lr=0.001, warmup_1_in=30)),
     ("cifar10-dvs dvs-gesture", "*", "dann", dict(warmup_1_in=30)),
-    ("cifar10-dvs", "*", "ei bn plain", dict(T=10)),
-    ("dvs-gesture", "*", "ei bn plain", dict(T=16)),
+    ("cifar10-dvs", "*", "ei bn plain homeostasis", dict(T=10)),
+    ("dvs-gesture", "*", "ei bn plain homeostasis", dict(T=16)),
     # The digits and (Fashion-)MNIST are not in the paper: short trainings. Nobody has run those of MNIST yet.
     ("mnist fashion-mnist", "mlp", "*", dict(epochs=20, image_size=28)),
     ("mnist fashion-mnist", "mlp", "ei", dict(lr=0.01)),
@@ -49,7 +50,7 @@ MOMENTUM = 0.9
 FULL = dict(kind="ei", eps="adaptive", ste=True, grad_scaling=True, init="ei")
 NEURONS = dict(ei_ratio=4, tau=2.0, threshold=1.0, alpha=4.0, width=1.0)
 ABLATIONS = ("eps", "ste", "grad_scaling", "init")
-LACKS = dict(ei=(), bn=(*ABLATIONS, "ei_ratio"), plain=(*ABLATIONS, "ei_ratio"))
+LACKS = dict(ei=(), homeostasis=(), bn=(*ABLATIONS, "ei_ratio"), plain=(*ABLATIONS, "ei_ratio"))
 LACKS["dann"] = (*ABLATIONS, "tau", "threshold", "alpha", "T")
 DATA = dict(data="digits", data_root="./data", augment="auto")
 WHAT = dict(arch="vgg8", plan="") | FULL | NEURONS | DATA | dict(seed=0, precision="float32")
@@ -141,7 +142,7 @@ def add_settings(p):
     yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
     p.add_argument("--plan", type=lambda text: "-".join(re.findall(r"[^\s,-]+", text)), help='layers, "16 P 32 P"')
-    p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: its rivals (ei)")
+    p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: rivals; homeostasis: added (ei)")
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", help="where the dataset is or goes (./data)")
     names = ["auto", *AUGMENTATIONS]

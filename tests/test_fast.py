@@ -317,7 +317,8 @@ def test_prove_it_and_renew_the_fingerprint():
     )
 
 
-EI, DANN, CONV = {"EICircuit", "EICircuit2d"}, {"DANNCircuit", "DANNCircuit2d"}, {"EICircuit2d", "DANNCircuit2d"}
+CONV, DANN = {"EICircuit2d", "DANNCircuit2d", "HomeostaticCircuit2d"}, {"DANNCircuit", "DANNCircuit2d"}
+EI = {"EICircuit", "EICircuit2d", "HomeostaticCircuit", "HomeostaticCircuit2d"}
 
 
 def left_plain(fast, capsys, change=lambda modules: None):

@@ -1,13 +1,10 @@
-import copy
 import re
-import threading
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize, prune
-from torch.optim.swa_utils import AveragedModel
 
 from baselines import DANNCircuit2d
 from ei_init import initialize
@@ -55,8 +52,8 @@ def test_mlp(kind):
     initialize(model, x)
     sizes = zip(layers(model), (98, 500, 500), strict=True)
     assert [layer.circuit(torch.rand(6, n)).shape[1] for layer, n in sizes] == [500, 500, 300]
-    assert model(x).shape == (6, 5) and len(circuits(model)) == (4 if kind in ("ei", "dann") else 0)
-    torch.testing.assert_close(model(x), model(x.unsqueeze(1).repeat(1, 4, 1, 1, 1)))
+    assert model(x).shape == (6, 5) and len(circuits(model)) == (0 if kind in ("bn", "plain") else 4)
+    torch.testing.assert_close(model.eval()(x), model(x.unsqueeze(1).repeat(1, 4, 1, 1, 1)))
     assert [n for n in circuits(build("mlp", plan=[20, 12], width=0.5)) if not n.readout][1].w_ee.shape == (6, 10)
 
 
@@ -92,7 +89,7 @@ def test_an_image_is_the_same_frame_at_each_step(kind):
     torch.testing.assert_close(model(x), model(x.unsqueeze(1).repeat(1, 4, 1, 1, 1)))
 
 
-ARCH_OR_KIND = "^arch is one of mlp, vgg8, vgg11, vgg16, vgg19, resnet18 and kind one of ei, bn, plain, dann, not "
+ARCH_OR_KIND = "^arch is one of mlp, vgg8, .*, resnet18 and kind one of ei, bn, plain, dann, homeostasis, not "
 SIZES = "^in_channels, n_classes, T and image_size are at least 1, and width is positive"
 PLAN = "^a plan is a list of layer sizes, of a VGG also of P, not "
 
@@ -279,30 +276,6 @@ def small(form, n=6):
 
 
 FORMS = pytest.mark.parametrize("form", ["plain", "fast"])
-TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-
-
-@FORMS
-@TYPES
-def test_trains_under_autocast(dtype, form):
-    model, x = small(form, 16)
-    y = torch.arange(16) % 2
-    x = torch.rand(16, 1, 8, 8) * 0.2
-    x[y == 1, :, :4] += 0.7
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    losses = []
-    for _ in range(12):
-        with torch.autocast("cpu", dtype=dtype):
-            loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        clamp_dale(model)
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0] and all(p.isfinite().all() for p in model.parameters())
-    out = model.to(dtype)(x.to(dtype))  # a network of 16 bits
-    out.sum().backward()
-    assert out.dtype == dtype and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @FORMS
@@ -320,25 +293,6 @@ def test_gradients_of_the_image_and_of_some_parameters_only(form):
         for name, p in model.named_parameters():
             assert torch.allclose(p.grad, wanted[name], atol=1e-6) if p.requires_grad else p.grad is None, name
         model.requires_grad_(True)
-
-
-@FORMS
-def test_copies_averages_and_threads(form):
-    model, x = small(form)
-    average = AveragedModel(model)
-    for factor in (1.0, 3.0):
-        with torch.no_grad():
-            layers(model)[0].circuit.w_ee.mul_(factor)
-        average.update_parameters(model)
-    torch.testing.assert_close(average.module.encoder.stages[0].circuit.w_ee * 1.5, layers(model)[0].circuit.w_ee)
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
-    want, equal = model(x), []
-    run = [threading.Thread(target=lambda: equal.append(torch.equal(model(x), want))) for _ in range(4)]
-    for thread in run:
-        thread.start()
-    for thread in run:
-        thread.join()
-    assert equal == [True] * 4
 
 
 @FORMS
