@@ -190,12 +190,12 @@ def build(arch, in_channels=3, n_classes=10, T=4, kind="ei", image_size=32, plan
     Args:
         arch: one of `ARCHS`: "mlp", "vgg8", "vgg11", "vgg16", "vgg19", "resnet18".
         in_channels, n_classes, T: sizes, at least 1. T is the number of time steps.
-        kind: one of `KINDS`: "ei" (the paper's), "bn", "plain" or "dann" (see `baselines.py`).
+        kind: one of `KINDS`: "ei" (the paper's), "bn", "plain" or "dann" (`baselines.py`), "homeostasis" (its file).
         image_size: side of the square images in pixels; for the VGGs of the paper at least 32.
         plan: replaces the list of layers, e.g. of a VGG [16, "P", 32, "P"], of an MLP [100].
         width: multiplies the number of neurons or maps of each layer, which is then at least 4.
-        options: tau, threshold, alpha of the LIF neurons (`lif.simulate`); ei_ratio of the circuits of "ei" and "dann";
-            eps, ste, grad_scaling of those of "ei" (`EICircuit`). A kind that has no such thing leaves it aside.
+        options: tau, threshold, alpha of the LIF neurons (`lif.simulate`); ei_ratio of the circuits of "ei",
+            "dann" and "homeostasis"; eps, ste, grad_scaling of the first and last (`EICircuit`). A kind that has no such thing leaves it aside.
 
     Raises:
         ValueError: an unknown arch or kind, a size below 1, a plan that is none, images too small for the poolings.

@@ -29,6 +29,21 @@ def learning_rate(config, step, steps_per_epoch):
     return config["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def guard_gradients(loss, model):
+    """Keeps the parameters finite: if the loss or a gradient is NaN or infinite, all gradients become 0.
+
+    Returns:
+        Whether they were finite: a tensor (), which is not read here, for that would wait for a GPU.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])  # NaN passes through
+    finite = loss.detach().isfinite() & extremes.isfinite().all()
+    if finite.is_cuda or not finite:
+        for gradient in gradients:
+            gradient.copy_(torch.where(finite, gradient, 0))
+    return finite
+
+
 def train_step(network, optimizer, x, y, clip_norm=0.0):
     """One step of training: forward, backward, and Dale's law.
 
@@ -47,12 +62,10 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     loss = F.cross_entropy(logits, y)
     optimizer.zero_grad()
     loss.backward()  # through time, with surrogate gradients
-    norms = torch._foreach_norm([p.grad for p in network.parameters() if p.grad is not None])  # one () each
-    finite = (loss.detach() + torch.stack(norms).sum()).isfinite()
-    optimizer.found_inf = (~finite).float()  # if it is 1, a fused optimizer changes nothing; others do not look at it
+    finite = guard_gradients(loss, network)
     if clip_norm:
         torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    if finite.is_cuda or finite:  # on a GPU a look would wait for it
+    if finite.is_cuda or finite:  # on a GPU a look would wait for it; the gradients are 0 there
         optimizer.step()
     clamp_dale(network)  # Dale's law
     conserve_synapses(network)  # of --kind homeostasis

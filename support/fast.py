@@ -155,8 +155,10 @@ def _conv_2x2(x, w):
     return rows.view(-1, 2, 2, w.shape[0]).permute(0, 3, 1, 2)
 
 
-FORMS = (DANNCircuit, DANNCircuit2d, HomeostaticCircuit, HomeostaticCircuit2d)  # circuits whose fused form is the same
-FORMS = {c: type("Fast", (c, FastCircuit2d if issubclass(c, EICircuit2d) else FastCircuit), {}) for c in FORMS}
+FORMS = {DANNCircuit: FastCircuit, DANNCircuit2d: FastCircuit2d}  # circuits whose fused form is the same
+FORMS |= {HomeostaticCircuit: FastCircuit, HomeostaticCircuit2d: FastCircuit2d}
+FORMS = {kind: type(f"Fast{kind.__name__}", (kind, form), {}) for kind, form in FORMS.items()}
+globals().update({form.__name__: form for form in FORMS.values()})  # pickle asks for them by name
 
 
 # What gives the same current for the same image at each time step; and what else stands in a layer of ours.
@@ -222,8 +224,8 @@ FORMS |= {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgP
 _pairs = """
     baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180  ei_prop.divide 19fcf8e48779
     ei_prop.scale_gradient 5b5b171c2520  ei_prop.smallest_positive 6bebe15ba635  ei_prop.stabilize 9d6be9594203
-    ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ 4d5081b9136d  lif.LIF.__init__ 3eda42f2017f
-    homeostasis.Homeostasis.adapt 488c987f56eb  homeostasis.Homeostasis.forward 4dbdc4eceb74  lif.simulate 17596fc7bdee
+    ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ ae792ba86bcc  lif.LIF.__init__ 3eda42f2017f
+    homeostasis.Homeostasis.adapt 3c1bb3f89082  homeostasis.Homeostasis.forward 4dbdc4eceb74  lif.simulate 17596fc7bdee
     homeostasis.Homeostasis.rows d1b759762e57  inhibition.EICircuit.__init__ c8f72c5493ee  lif.LIF.forward 9ef537752584
     inhibition.EICircuit.currents 69ccc3c402cd  inhibition.EICircuit.extra_repr 6d9cc770cff5
     inhibition.EICircuit.forward 9eb5b79b662d  inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7

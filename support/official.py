@@ -72,7 +72,7 @@ def state_of(model, frames=False):
     found, modules = {}, modules_of(model.encoder, known["frames"])
     for circuit, pair in zip(circuits(model), modules, strict=False):
         names, shape = (CONV, (-1, 1, 1)) if isinstance(circuit, EICircuit2d) else (DENSE, (1, -1))
-        if more := dict(circuit.named_parameters()).keys() - names.keys():
+        if more := circuit.state_dict().keys() - names.keys():
             raise ValueError(f"the authors' program has no circuit with a parameter {min(more)}")
         for ours, name in names.items():
             name, p = name.format(*pair), getattr(circuit, ours, None)

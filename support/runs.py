@@ -68,7 +68,7 @@ def write_atomically(path, content, keep=None):
 def equations():
     """A fingerprint of each concept file, {"lif.py": "..."}: without comments, docstrings, layout and demonstration."""
     found = {}
-    for name in ("lif.py", "ei_prop.py", "inhibition.py", "ei_init.py", "baselines.py", "model.py"):
+    for name in ("lif.py", "ei_prop.py", "inhibition.py", "ei_init.py", "baselines.py", "homeostasis.py", "model.py"):
         tree = ast.parse(Path(networks.__file__).with_name(name).read_text(encoding="utf-8"))
         tree.body = [part for part in tree.body if not ast.unparse(part).startswith("if __name__ ==")]
         found[name] = checksum(tree)

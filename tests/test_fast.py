@@ -318,7 +318,7 @@ def test_prove_it_and_renew_the_fingerprint():
 
 
 CONV, DANN = {"EICircuit2d", "DANNCircuit2d", "HomeostaticCircuit2d"}, {"DANNCircuit", "DANNCircuit2d"}
-EI = {"EICircuit", "EICircuit2d", "HomeostaticCircuit", "HomeostaticCircuit2d"}
+EI = (PAPER := {"EICircuit", "EICircuit2d"}) | {"HomeostaticCircuit", "HomeostaticCircuit2d"}
 
 
 def left_plain(fast, capsys, change=lambda modules: None):
@@ -358,7 +358,7 @@ EDITS = [
     ("lif", "simulate", ") + i_t  #", ") + i_t; u = u.clamp(min=-5)  #", {"LIF"}),
     ("lif", "Spike.backward", "sigma * (1 - sigma), None", "((u - ctx.threshold).abs() < 0.5), None", {"LIF"}),
     ("ei_prop", "divide", "return current /", "return 2 * current /", EI | DANN),
-    ("ei_prop", "<lambda>", '"adaptive": smallest_positive', '"adaptive": lambda i_div: i_div + 1', EI),
+    ("ei_prop", "<lambda>", '"adaptive": smallest_positive', '"adaptive": lambda i_div: i_div + 1', PAPER),
     ("inhibition", "EICircuit.currents", "i_int=i_int)", "i_int=i_int.clamp(-10, 10))", EI | DANN),
     ("inhibition", "EICircuit2d", "2d(EICircuit):", "2d(EICircuit, __import__('contextlib').ContextDecorator):", CONV),
     ("baselines", "DANN.__init__", "0.5 * math.log(", "math.log(", DANN),
@@ -426,7 +426,7 @@ def test_what_is_put_in_at_run_time_is_named_and_stays(place, name, value, named
 @pytest.mark.parametrize("value", [torch.relu, F.relu, functools.partial(torch.amax, dim=1), lambda i: i, unreadable()])
 def test_another_adaptive_value_stays_plain(value, monkeypatch, capsys):
     monkeypatch.setitem(ei_prop.STABILIZERS, "adaptive", value)
-    assert left_plain(fast, capsys) == (says("ei_prop", "STABILIZERS"), EI)
+    assert left_plain(fast, capsys) == (says("ei_prop", "STABILIZERS"), PAPER)
 
 
 OF_ONE = [("EICircuit", "forward", lambda x: x), ("EICircuit", "is_reached", types.MethodType(len, 1))]
