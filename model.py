@@ -195,8 +195,8 @@ def build(arch, in_channels=3, n_classes=10, T=4, kind="ei", image_size=32, plan
         plan: replaces the list of layers, e.g. of a VGG [16, "P", 32, "P"], of an MLP [100].
         width: multiplies the number of neurons or maps of each layer, which is then at least 4.
         options: tau, threshold, alpha of the LIF neurons (`lif.simulate`); ei_ratio of the circuits of "ei",
-            "dann" and "homeostasis"; eps, ste, grad_scaling of the first and last (`EICircuit`). A kind that has no such
-            thing leaves it aside.
+            "dann" and "homeostasis"; eps, ste, grad_scaling of the first and last (`EICircuit`). A kind without
+            such a thing leaves it aside.
 
     Raises:
         ValueError: an unknown arch or kind, a size below 1, a plan that is none, images too small for the poolings.
