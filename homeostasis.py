@@ -88,5 +88,6 @@ def conserve_synapses(model):
     for module in model.modules():
         if isinstance(module, Homeostasis) and not module.readout:
             for w, total in module.rows():
+                total = torch.where(total > 0, total, w.sum(1))  # before the first batch: as they are
                 w.sub_((w.sum(1) - total)[:, None] / w.shape[1]).clamp_(min=0)
                 w.mul_((total / w.sum(1).clamp(min=1e-12))[:, None])
