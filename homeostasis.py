@@ -20,7 +20,7 @@ first. In a training loop of your own, call `conserve_synapses` after `clamp_dal
 Intrinsic plasticity needs a division that cannot be by nearly nothing. With the adaptive epsilon a position that hardly
 a neuron drives is divided by a tiny I_div, and such positions decide the standard deviation of the map. So epsilon is
 0.3 here: more than I_div, which has a mean of 0.09 to 0.27 in the layers of VGG-8 after E-I Init (CIFAR-10, a quarter
-of the width). So most of the gain control is gone as well.
+of the width). So half to three quarters of the divisor is the same everywhere, and gain control is weaker.
 """
 
 import torch
