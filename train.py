@@ -65,10 +65,10 @@ def train_step(network, optimizer, x, y, clip_norm=0.0):
     finite = guard_gradients(loss, network)
     if clip_norm:
         torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    if finite.is_cuda or finite:  # on a GPU a look would wait for it; the gradients are 0 there
-        optimizer.step()
-    clamp_dale(network)  # Dale's law
-    conserve_synapses(network)  # of --kind homeostasis
+    with conserve_synapses(network):  # of --kind homeostasis
+        if finite.is_cuda or finite:  # on a GPU a look would wait for it; the gradients are 0 there
+            optimizer.step()
+        clamp_dale(network)  # Dale's law
     return loss.detach(), (logits.argmax(1) == y).float().mean(), finite
 
 

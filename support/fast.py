@@ -224,9 +224,9 @@ FORMS |= {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgP
 _pairs = """
     baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180  ei_prop.divide 19fcf8e48779
     ei_prop.scale_gradient 5b5b171c2520  ei_prop.smallest_positive 6bebe15ba635  ei_prop.stabilize 9d6be9594203
-    ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ ae792ba86bcc  lif.LIF.__init__ 3eda42f2017f
-    homeostasis.Homeostasis.adapt 3c1bb3f89082  homeostasis.Homeostasis.forward 4dbdc4eceb74  lif.simulate 17596fc7bdee
-    homeostasis.Homeostasis.rows d1b759762e57  inhibition.EICircuit.__init__ c8f72c5493ee  lif.LIF.forward 9ef537752584
+    ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ 8baf7bb660f0  lif.LIF.__init__ 3eda42f2017f
+    homeostasis.Homeostasis.adapt da25ba39671e  homeostasis.Homeostasis.forward 80ebfb4d7d45  lif.simulate 17596fc7bdee
+    inhibition.EICircuit.__init__ c8f72c5493ee  lif.LIF.forward 9ef537752584
     inhibition.EICircuit.currents 69ccc3c402cd  inhibition.EICircuit.extra_repr 6d9cc770cff5
     inhibition.EICircuit.forward 9eb5b79b662d  inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7
     inhibition.EICircuit.is_reached 52946c844d09  inhibition.EICircuit.lateral 03b1740b1f1a

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ei_init import initialize
-from homeostasis import HomeostaticCircuit2d, conserve_synapses
+from homeostasis import HomeostaticCircuit2d
 from inhibition import EICircuit2d
 from model import build, circuits
 from train import train_step
@@ -40,6 +40,3 @@ def test_a_step_conserves_the_strength_of_synapses(kind):
     after = [w.sum((1, 2, 3)) for c in hidden for w in (c.w_ee.detach(), c.w_ie.detach())]
     assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(after, before, strict=True)) == (kind == "homeostasis")
     assert all((p >= 0).all() for c in (*hidden, readout) for n, p in c.named_parameters() if n != "b_e")
-    weights = [p.detach().clone() for p in model.parameters()]
-    conserve_synapses(model)  # once more changes nothing
-    assert all(torch.allclose(p, w, rtol=1e-4, atol=1e-7) for p, w in zip(model.parameters(), weights, strict=True))
