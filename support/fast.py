@@ -4,11 +4,7 @@
 form was proven equal to (tests/test_fast.py). An edited equation has another fingerprint, a checksum of its syntax
 tree: then one line says so, and the plain form trains.
 
-The time of a training step without each form (VGG-8, batch 64, two CPU cores):
-- circuit, 2.07: I_EE - I_sub = (W_EE - W_EI W_IE) * x, for s_I is linear in x: one kernel with a sign for two products,
-  one convolution for both populations; of it the division 1.32, and 2x2 maps, with which a VGG ends, 1.04.
-- layer, 1.18: a still image passes the first circuit once, not T times; in BN-SNN, 1.18: channels last in memory.
-- LIF, 1.08: only u is kept for the backward pass. Pooling, 1.00: the spikes are not kept, a quarter of a CPU's memory.
+How much time each form saves, measured: results/speed.md.
 """
 
 import ast
@@ -41,8 +37,7 @@ def refuse_create_graph():
 
 def dtype_of_products(x):
     """bfloat16 in a network of `use_bfloat16`, else the type of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class _LIF(torch.autograd.Function):
@@ -54,10 +49,9 @@ class _LIF(torch.autograd.Function):
         s = torch.empty_like(current[0])  # its layout in memory is kept, also where `current` is expanded over time
         u = current.new_empty_strided(current.shape, (s.numel(), *s.stride()))
         spikes = torch.empty_like(u, dtype=dtype_of_products(u))  # 0 and 1 are exact in 16 bits
+        u[0].copy_(current[0])
         for t in range(current.shape[0]):
-            if t == 0:
-                u[0].copy_(current[0])
-            else:
+            if t > 0:
                 torch.sub(u[t - 1], s, alpha=threshold, out=u[t])
                 torch.add(current[t], u[t], alpha=leak, out=u[t])
             torch.ge(u[t], threshold, out=s)
@@ -90,21 +84,24 @@ class _GainControl(torch.autograd.Function):
         dL/ds_I = w^T dL/dI_div          dL/dw = dL/dI_div s_I^T
 
     currents, (N, ..., n_E + n_I), holds g_E (I_EE - I_sub) and s_I of each position side by side: the rows of a matrix.
-    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or a number that is added to I_div.
+    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or a number that is added to I_div. pool: whether
+    the sample's mean is, too; backward, the mean of dL/dI_div is then added to dL/dI_div.
     """
 
     @staticmethod
-    def forward(ctx, currents, w, b_e, eps):
+    def forward(ctx, currents, w, b_e, eps, pool):
         balanced, s_i = currents.flatten(0, -2).split([w.shape[0], w.shape[1]], 1)
         w = w.to(currents.dtype)  # in bfloat16 the sums of products with W_EI have 16 bits too, the division has 32
         i_div = s_i @ w.t()
+        sample = i_div.view(len(currents), -1)
+        if pool:
+            sample += sample.mean(1, keepdim=True)
         if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
-            sample = i_div.view(len(currents), -1)
             torch.maximum(sample, ei_prop.STABILIZERS["adaptive"](sample), out=sample)
         else:
             i_div += eps
         ctx.save_for_backward(balanced, s_i, i_div, w)
-        ctx.shape = currents.shape
+        ctx.shape, ctx.pool = currents.shape, pool
         return torch.addcdiv(b_e, balanced, i_div)
 
     @staticmethod
@@ -115,16 +112,21 @@ class _GainControl(torch.autograd.Function):
         grad_balanced, grad_s_i = grad_currents.view(-1, sum(w.shape)).split([w.shape[0], w.shape[1]], 1)
         torch.div(grad.to(i_div.dtype), i_div, out=grad_balanced)  # where one convolution's gradient is needed
         minus_grad_div = torch.mul(grad_balanced, balanced).div_(i_div)
+        if ctx.pool:
+            sample = minus_grad_div.view(ctx.shape[0], -1)
+            sample += sample.mean(1, keepdim=True)
         torch.mm(minus_grad_div, -w, out=grad_s_i)
-        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
+        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None, None
 
 
 class FastCircuit(EICircuit):
-    def forward(self, x):
+    def forward(self, x, pool=False):
+        """I_int, or with the pool `Homeostasis.quotient`."""
         w_ie, w_ei, g_i = self.inhibitory_parameters()
-        w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x
+        w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x, for s_I is linear in x
         if not self.readout:  # g_E scales what the division scales
-            w = torch.cat([self.g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
+            g_e, b_e = (torch.ones_like(self.g_e), torch.zeros_like(self.b_e)) if pool else (self.g_e, self.b_e)
+            w = torch.cat([g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
         currents = self.product(x, w)
         with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
             currents.mul_(self.is_reached(x).to(currents.dtype))
@@ -132,11 +134,12 @@ class FastCircuit(EICircuit):
             return currents.to(w.dtype)
         w_div = w_ei * g_i.flatten()  # g_I goes with the synapse in place of the activity
         if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
-            rows = _GainControl.apply(currents.movedim(1, -1), w_div, self.b_e.flatten(), self.eps)
+            rows = _GainControl.apply(currents.movedim(1, -1), w_div, b_e.flatten(), self.eps, pool)
             return rows.view(len(x), *currents.shape[2:], -1).movedim(-1, 1)
         balanced, s_i = currents.split([self.n_e, self.n_i], 1)
-        b_e = self.b_e.view(-1, *[1] * (x.dim() - 2))
-        return ei_prop.divide(balanced.to(w.dtype), self.lateral(w_div, s_i), self.eps, self.ste) + b_e
+        i_div = self.lateral(w_div, s_i)
+        i_div = i_div + i_div.mean(tuple(range(1, x.dim())), keepdim=True) if pool else i_div
+        return ei_prop.divide(balanced.to(w.dtype), i_div, self.eps, self.ste) + b_e.view(-1, *[1] * (x.dim() - 2))
 
 
 class FastCircuit2d(FastCircuit, EICircuit2d):
@@ -155,12 +158,11 @@ def _conv_2x2(x, w):
     return rows.view(-1, 2, 2, w.shape[0]).permute(0, 3, 1, 2)
 
 
-FORMS = {DANNCircuit: FastCircuit, DANNCircuit2d: FastCircuit2d}  # circuits whose fused form is the same
-FORMS |= {HomeostaticCircuit: FastCircuit, HomeostaticCircuit2d: FastCircuit2d}
-FORMS = {kind: type(f"Fast{kind.__name__}", (kind, form), {}) for kind, form in FORMS.items()}
+POOL = dict(quotient=partialmethod(FastCircuit.forward, pool=True))  # as `Homeostasis.quotient`
+FORMS = dict.fromkeys([DANNCircuit, HomeostaticCircuit], FastCircuit)  # circuits whose fused form is the same
+FORMS |= dict.fromkeys([DANNCircuit2d, HomeostaticCircuit2d], FastCircuit2d)
+FORMS = {kind: type(f"Fast{kind.__name__}", (kind, form), POOL) for kind, form in FORMS.items()}
 globals().update({form.__name__: form for form in FORMS.values()})  # pickle asks for them by name
-
-
 # What gives the same current for the same image at each time step; and what else stands in a layer of ours.
 STEADY = (FastCircuit, FastCircuit2d, *FORMS.values(), nn.Conv2d, nn.Linear)
 USUAL = (*STEADY, nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, FastLIF, nn.ReLU)
@@ -223,19 +225,18 @@ FORMS |= {LIF: FastLIF, EICircuit: FastCircuit, EICircuit2d: FastCircuit2d, AvgP
 # put it here when the other tests of that file have shown that plain and fused are equal.
 _pairs = """
     baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180  ei_prop.divide 19fcf8e48779
-    ei_prop.scale_gradient 5b5b171c2520  ei_prop.smallest_positive 6bebe15ba635  ei_prop.stabilize 9d6be9594203
-    ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ 8baf7bb660f0  lif.LIF.__init__ 3eda42f2017f
-    homeostasis.Homeostasis.adapt da25ba39671e  homeostasis.Homeostasis.forward 80ebfb4d7d45  lif.simulate 17596fc7bdee
-    inhibition.EICircuit.__init__ c8f72c5493ee  lif.LIF.forward 9ef537752584
-    inhibition.EICircuit.currents 69ccc3c402cd  inhibition.EICircuit.extra_repr 6d9cc770cff5
-    inhibition.EICircuit.forward 9eb5b79b662d  inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7
-    inhibition.EICircuit.is_reached 52946c844d09  inhibition.EICircuit.lateral 03b1740b1f1a
-    inhibition.EICircuit.product 09171db9491e  inhibition.EICircuit.scaled 5baa23733963  lif.LIF.extra_repr 4dea997248e9
-    inhibition.EICircuit.synapses b848e127b27f  inhibition.EICircuit2d.__init__ dcf8d1859489
-    inhibition.EICircuit2d.is_reached 130a7f40af8a  inhibition.EICircuit2d.product 4309ce30ea80
-    lif.LIF.membrane_potential ee5833009f10  lif.LIF.simulate 3a04552d3938  lif.Spike.backward 75aee6ae5666
-    lif.Spike.forward 9e418c08b983  lif.Spike.setup_context ba32b189598e  lif.check_neuron 5c2f6a218fd0
-    model.AvgPool.forward b49f03c86895  model.Layer.__init__ 8927d015ea48  model.Layer.forward b4012e9aa5d1
+    ei_prop.scale_gradient 5b5b171c2520  inhibition.EICircuit.is_reached 52946c844d09  model.Layer.__init__ 8927d015ea48
+    ei_prop.smallest_positive 6bebe15ba635  inhibition.EICircuit2d.is_reached 130a7f40af8a  lif.LIF.forward 9ef537752584
+    ei_prop.stabilize 9d6be9594203  ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ ceb232a10066
+    homeostasis.Homeostasis.adapt 902abd4a6677  inhibition.EICircuit.forward 9eb5b79b662d  lif.check_neuron 5c2f6a218fd0
+    homeostasis.Homeostasis.forward 51945df1affd  lif.LIF.__init__ 3eda42f2017f  lif.LIF.membrane_potential ee5833009f10
+    homeostasis.Homeostasis.quotient 9874b6f99aab  lif.Spike.backward 75aee6ae5666  lif.Spike.setup_context ba32b189598e
+    inhibition.EICircuit.__init__ c8f72c5493ee  inhibition.EICircuit.currents 69ccc3c402cd
+    inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7  lif.simulate 17596fc7bdee  model.Layer.forward b4012e9aa5d1
+    inhibition.EICircuit.lateral 03b1740b1f1a  inhibition.EICircuit.synapses b848e127b27f
+    inhibition.EICircuit.product 09171db9491e
+    inhibition.EICircuit.scaled 5baa23733963  inhibition.EICircuit2d.product 4309ce30ea80  lif.LIF.simulate 3a04552d3938
+    inhibition.EICircuit2d.__init__ dcf8d1859489  lif.Spike.forward 9e418c08b983  model.AvgPool.forward b49f03c86895
 """.split()
 FINGERPRINTS = dict(zip(_pairs[::2], _pairs[1::2], strict=True))
 CONCEPTS = {name.partition(".")[0] for name in FINGERPRINTS}  # lif, inhibition, ...
@@ -310,7 +311,7 @@ def functions_of(thing, place):
             bases = [base for base in thing.__bases__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
             left += [(base, f"{home}.{thing.__name__}") for base in bases]  # also a student's mixin
             members = [(getattr(m, "__func__", m), f"{home}.{thing.__name__}.{key}") for key, m in vars(thing).items()]
-            members = [(m, key) for m, key in members if not isinstance(m, type)]
+            members = [(m, key) for m, key in members if not isinstance(m, type) and "extra_repr" not in key]
             left += [(m, key) for m, key in members if callable(m) or isinstance(m, property | partialmethod)]
             continue
         known = isinstance(thing, FunctionType) and home in CONCEPTS
@@ -399,9 +400,8 @@ class Recorded:
     @torch.no_grad()
     def record(self, network, optimizer, x, y, *more):
         """Runs the step, records it, and compares. Returns what the step gives."""
-        # All that a step changes: parameters, running statistics, momentum.
         of_optimizer = [value for values in optimizer.state.values() for value in values.values()]
-        state = [*network.parameters(), *network.buffers(), *filter(torch.is_tensor, of_optimizer)]
+        state = [*network.parameters(), *network.buffers(), *filter(torch.is_tensor, of_optimizer)]  # a step changes it
         before = [value.clone() for value in state]
         with torch.enable_grad():
             out = self.step(network, optimizer, x, y, *more)

@@ -95,20 +95,14 @@ def test_a_single_sample_is_refused():
         initialize(build("vgg8", plan=NARROW, T=2), torch.rand(1, 2, 3, 32, 32))
 
 
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        (-1e-3, "its input has negative values, .*: give images as intensities"),
-        (float("nan"), "its input has values that are not finite"),
-        (float("inf"), "its input has values that are not finite"),
-    ],
-)
-def test_input_that_is_no_activity_is_refused(value, message):
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
+def test_input_that_is_no_activity_is_refused(value):
+    message = "negative values, .*: give images as intensities" if value < 0 else "values that are not finite"
     x = torch.rand(4, 3, 32, 32)
     x[1, 2, 5, 6] = value
     circuit = EICircuit2d(3, 8, 3)
     before = {k: v.clone() for k, v in circuit.state_dict().items()}
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(ValueError, match=f"^its input has {message}"):
         ei_init(circuit, x)
     assert all(torch.equal(v, before[k]) for k, v in circuit.state_dict().items())
     with pytest.raises(ValueError, match=r"^the images have values that are negative, .*, or not finite"):

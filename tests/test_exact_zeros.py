@@ -41,18 +41,18 @@ def outputs_and_gradients(circuit, x, form):
     return out, *torch.autograd.grad(out, [x, *circuit.parameters()], grad)
 
 
+CIRCUITS = [
+    lambda: EICircuit(20, 8),
+    lambda: EICircuit2d(6, 8, 3, padding=1),
+    lambda: EICircuit2d(6, 8, 3, stride=2, padding=1),
+    lambda: EICircuit2d(6, 8, 1, stride=2),
+    lambda: EICircuit2d(6, 8, 3, padding=2),  # more than max_pool2d's own padding allows
+    lambda: EICircuit(20, 8, readout=True),
+]
+
+
 @pytest.mark.parametrize("form", ["forward", "currents", "fused"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: EICircuit(20, 8),
-        lambda: EICircuit2d(6, 8, 3, padding=1),
-        lambda: EICircuit2d(6, 8, 3, stride=2, padding=1),
-        lambda: EICircuit2d(6, 8, 1, stride=2),
-        lambda: EICircuit2d(6, 8, 3, padding=2),  # more than max_pool2d's own padding allows
-        lambda: EICircuit(20, 8, readout=True),
-    ],
-)
+@pytest.mark.parametrize("make", CIRCUITS)
 def test_noise_at_silent_positions_changes_nothing(make, form, monkeypatch):
     circuit = make().double()
     shape = (6, 20) if type(circuit) is EICircuit else (6, 6, 9, 9)

@@ -97,6 +97,7 @@ SIZES["resnet18"] = dict(width=0.08, image_size=5)
 OPTIONS = [dict(frames=True), dict(T=1), dict(eps=1e-8), dict(eps=1e-3), dict(eps=1e-3, ste=False), dict(ste=False)]
 OPTIONS += [dict(grad_scaling=False), dict(ei_ratio=8), dict(ei_ratio=1000), dict(tau=1.0), dict(eps="largest")]
 OPTIONS += [dict(tau=5.0, threshold=0.3, alpha=1.0), dict(eps="largest", ste=False, frames=True)]
+OPTIONS += [dict(kind="homeostasis", **eps) for eps in (dict(eps=1e-3), dict(eps="largest"), dict(ste=False))]
 CASES = [(arch, dict(kind=kind)) for arch in ARCHS for kind in KINDS]
 CASES += [(arch, options) for arch in SIZES for options in OPTIONS] + [("vgg8", dict(kind="bn", frames=True))]
 
@@ -203,9 +204,7 @@ class Emulated(Recorded):
             torch._foreach_copy_(self.out, list(self.run()))
 
 
-@pytest.mark.parametrize(
-    "fault, said", [("", ""), ("error", "(operation not permitted)"), ("other", "(it gives other")]
-)
+@pytest.mark.parametrize("fault, said", [("", ""), ("error", "(operation not"), ("other", "(it gives")])
 def test_a_recorded_step_is_the_step(fault, said, monkeypatch, capsys):
     made = []
 
@@ -318,7 +317,7 @@ def test_prove_it_and_renew_the_fingerprint():
 
 
 CONV, DANN = {"EICircuit2d", "DANNCircuit2d", "HomeostaticCircuit2d"}, {"DANNCircuit", "DANNCircuit2d"}
-EI = (PAPER := {"EICircuit", "EICircuit2d"}) | {"HomeostaticCircuit", "HomeostaticCircuit2d"}
+EI = {"EICircuit", "EICircuit2d", "HomeostaticCircuit", "HomeostaticCircuit2d"}
 
 
 def left_plain(fast, capsys, change=lambda modules: None):
@@ -358,7 +357,7 @@ EDITS = [
     ("lif", "simulate", ") + i_t  #", ") + i_t; u = u.clamp(min=-5)  #", {"LIF"}),
     ("lif", "Spike.backward", "sigma * (1 - sigma), None", "((u - ctx.threshold).abs() < 0.5), None", {"LIF"}),
     ("ei_prop", "divide", "return current /", "return 2 * current /", EI | DANN),
-    ("ei_prop", "<lambda>", '"adaptive": smallest_positive', '"adaptive": lambda i_div: i_div + 1', PAPER),
+    ("ei_prop", "<lambda>", '"adaptive": smallest_positive', '"adaptive": lambda i_div: i_div + 1', EI),
     ("inhibition", "EICircuit.currents", "i_int=i_int)", "i_int=i_int.clamp(-10, 10))", EI | DANN),
     ("inhibition", "EICircuit2d", "2d(EICircuit):", "2d(EICircuit, __import__('contextlib').ContextDecorator):", CONV),
     ("baselines", "DANN.__init__", "0.5 * math.log(", "math.log(", DANN),
@@ -426,7 +425,7 @@ def test_what_is_put_in_at_run_time_is_named_and_stays(place, name, value, named
 @pytest.mark.parametrize("value", [torch.relu, F.relu, functools.partial(torch.amax, dim=1), lambda i: i, unreadable()])
 def test_another_adaptive_value_stays_plain(value, monkeypatch, capsys):
     monkeypatch.setitem(ei_prop.STABILIZERS, "adaptive", value)
-    assert left_plain(fast, capsys) == (says("ei_prop", "STABILIZERS"), PAPER)
+    assert left_plain(fast, capsys) == (says("ei_prop", "STABILIZERS"), EI)
 
 
 OF_ONE = [("EICircuit", "forward", lambda x: x), ("EICircuit", "is_reached", types.MethodType(len, 1))]

@@ -50,9 +50,7 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, cap
     assert capsys.readouterr().out.count("finished before") == 3 and len(drawn) == 1
 
 
-@pytest.mark.parametrize(
-    "how", ["in use: another", "cannot be used", "was made with lr=0.01, not 0.02", "out of memory"]
-)
+@pytest.mark.parametrize("how", ["in use: another", "cannot be used", "was made with lr=0.01, not", "out of memory"])
 def test_a_run_that_cannot_be_trained_leaves_the_rest(how, tmp_path, capsys, monkeypatch):
     def full(config, *_):
         if config["kind"] == "ei":

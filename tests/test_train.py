@@ -192,7 +192,7 @@ def adamw(parameters, **_):
     return torch.optim.AdamW(groups, fused=True)
 
 
-@pytest.mark.parametrize("what", ["ei", "bn", "plain", "dann", "adamw"])
+@pytest.mark.parametrize("what", ["ei", "bn", "plain", "dann", "homeostasis", "adamw"])
 def test_stopped_and_resumed_ends_with_the_same_bits(what, tmp_path, monkeypatch, capsys):
     arguments, rates, original = [*TINY, "--kind", what.replace("adamw", "ei")], [], train.train_step
 
