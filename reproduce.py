@@ -29,6 +29,7 @@ SUITES = {  # the settings in which the runs differ
         *[dict(eps=eps) for eps in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)],
         *[dict(ste=False), dict(grad_scaling=False), dict(init="kaiming")],
     ],
+    "homeostasis": [dict(kind="homeostasis")],
     "rivals": [dict(kind=kind) for kind in ("ei", "bn", "dann")],
     "depth": [dict(arch=arch, kind=kind) for arch in ARCHS if arch not in ("mlp", "vgg8") for kind in ("ei", "bn")],
 }

@@ -25,13 +25,13 @@ NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 
 
-def networks_of(runs, end=False, kinds=("ei", "dann")):
+def networks_of(runs, end=False, kinds=("ei", "dann"), **wanted):
     """The run to draw, its dataset, and its network at initialisation and after training: a dict.
 
     The initialisation is drawn again from the run's seed; on another kind of device it is another draw. end: as the
     training left the network, if that is kept, else at its best epoch. ValueError: another kind, or other data.
     """
-    run = runs.pick()
+    run = runs.pick(**wanted)
     if run.config["kind"] not in kinds:
         raise ValueError(f"{run.folder} is of kind {run.config['kind']}: draw this figure from a run of --kind ei")
     name = stored.CHECKPOINT if end and stored.saved(run.folder) else stored.BEST
@@ -71,12 +71,9 @@ def draw_init(args, runs):
             with contextlib.suppress(ValueError):  # E-I Init stops after a silent layer. We draw this silence.
                 if init:
                     initialize(model, batch, init)
-            found = []
-
-            def see(i, current, u, spikes, found=found):
-                found.append((current.mean().item(), current.std().item(), spikes.mean().item()))
-
-            measure.observe(model, batch, see)
+            seen = []
+            measure.observe(model, batch, lambda *values, seen=seen: seen.append(values))
+            found = [(current.mean().item(), current.std().item(), s.mean().item()) for _, current, _, s in seen]
             for layer, (mean, std, rate) in enumerate(found, 1):
                 rows.append(dict(arch=arch, init=how, layer=layer, mean=mean, std=std, firing_rate=rate))
             for axis, values in zip(of_arch, zip(*found, strict=True), strict=True):
@@ -93,9 +90,8 @@ def draw_init(args, runs):
 def with_own(variants, network):
     """Variants of the stabilization, name -> (eps, ste), and the network's own where its eps is not among them."""
     own = circuits(network)[0]
-    if own.eps in [eps for eps, _ in variants.values()]:
-        return variants
-    return variants | {f"\u03b5={own.eps}".replace("e-0", "e-"): (own.eps, own.ste)}
+    known = own.eps in [eps for eps, _ in variants.values()]
+    return variants if known else variants | {f"\u03b5={own.eps}".replace("e-0", "e-"): (own.eps, own.ste)}
 
 
 def draw_gradients(args, runs):
@@ -136,15 +132,13 @@ def stabilization(model, batches, variants):
     divided, seen = circuits(model)[:-1], {}
     rows = [dict(layer=i, zeros=0.0, unbalanced=0.0) for i, _ in enumerate(divided, 1)]
 
-    def record(circuit, args, i_int):
-        seen[circuit] = args[0].detach(), i_int
-
     for images, labels in batches:
-        with measure.hooked(model, [circuit.register_forward_hook(record) for circuit in divided]):
+        hooks = [circuit.register_forward_hook(lambda *values: seen.update({values[0]: values})) for circuit in divided]
+        with measure.hooked(model, hooks):
             loss = F.cross_entropy(model(images), labels)
-        incoming = torch.autograd.grad(loss, [seen[circuit][1] for circuit in divided])
+        incoming = torch.autograd.grad(loss, [seen[circuit][2] for circuit in divided])
         for circuit, row, grad_int in zip(divided, rows, incoming, strict=True):
-            x = seen[circuit][0]
+            x = seen[circuit][1][0].detach()
             found = circuit.currents(x)
             zero = found["i_div"] == 0
             rounding = 1e-5 * found["i_ee"].amax()
@@ -273,6 +267,59 @@ def draw_evolution(args, runs):
     places = dict(epoch=range(n_epochs), layer=range(1, n + 1), quantity=plots.QUANTITIES, bin_centre=plots.CENTRES)
     save(plots.by_epoch_maps(densities, threshold), "evolution", long_rows("density", densities, **places), args.out)
     plots.save_gif(densities, threshold, args.out / "evolution.gif")
+
+
+@torch.no_grad()
+def moved_by_a_step(network, x, y):
+    """How far a step of plain SGD moves each layer's current, over its standard deviation and the learning rate:
+    {"w_ei": [layer 1, ...], ...}. Weights from excitatory neurons are in two parts, "w_ee, common", what the step does
+    to all weights of a neuron alike, and "w_ee, rest"."""
+    inputs, found, rate = {}, {}, 1e-5
+    hooks = [c.register_forward_pre_hook(lambda c, args: inputs.update({c: args[0]})) for c in circuits(network)[:-1]]
+    with measure.hooked(network.double(), hooks, training=True), torch.enable_grad():
+        F.cross_entropy(network(x.double()), y).backward()
+    for circuit, seen in inputs.items():
+        before = circuit(seen)
+        for name, p in circuit.named_parameters():
+            parts, usual = {name: p.grad}, p.clone()
+            if name in circuit.from_excitatory:
+                common = p.grad.mean(tuple(range(1, p.dim())), keepdim=True)
+                parts = {f"{name}, common": common, f"{name}, rest": p.grad - common}
+            for part, step in parts.items():
+                p.copy_(usual - rate * step)
+                distance = (circuit(seen) - before).square().mean().sqrt() / (rate * before.std())
+                found.setdefault(part, []).append(distance.item())
+            p.copy_(usual)
+    return found
+
+
+def draw_learning(args, runs):
+    """What a step moves in the currents at initialisation, and the maps that hardly or mostly fire after training."""
+    kinds = [kind for kind in ("ei", "homeostasis", "bn") if kind in {run.config["kind"] for run in runs.found}]
+    figure, axes = panels(2.8, 1, 3)
+    axes[0, 1].sharey(axes[0, 0])
+    rows, right = [], axes[0, 2]
+    for kind, axis, style in zip(kinds or ["ei"], axes[0], STYLES, strict=False):
+        run, dataset, networks = networks_of(runs, kinds=kinds, kind=kind)
+        before, spikes = next(iter(networks.values())), []
+        x, _ = data.sample(dataset, run.config["T"])
+        measure.observe(networks[AFTER], x, lambda *values, seen=spikes: seen.append(values[3]))
+        rates = [s.float().transpose(0, 2).flatten(1).mean(1) for s in spikes]  # of each map, (n_E,)
+        found = dict(hardly=[100 * (rate < 0.01).float().mean().item() for rate in rates])
+        found["mostly"] = [100 * (rate > 0.5).float().mean().item() for rate in rates]
+        by = range(1, len(rates) + 1)
+        right.plot(by, np.sum([*found.values()], 0), label=NAMES.get(kind, kind), **style)
+        if circuits(before):
+            found |= moved_by_a_step(before, *data.first_batch(run.config, dataset))
+            for (part, distances), look in zip([*found.items()][2:], STYLES, strict=False):
+                name, _, of = part.partition(", ")
+                axis.plot(by, distances, label=f"{symbol(name)} {of}", **look)
+            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step")
+        rows += long_rows("value", list(found.values()), kind=[kind], quantity=found, layer=by)
+        by_layer(axis, len(rates))
+    right.set(title="firing in < 1 % or > 50 %", ylabel="maps (%)", ylim=(-3, 103))
+    right.legend()
+    save(figure, "learning", rows, args.out, legend=axes[0, 0])
 
 
 def middle(values):
@@ -409,9 +456,7 @@ def draw_weights(args, runs):
     save(figure, "weights", rows, args.out, legend=axes[0, 0])
 
 
-DRAW = [draw_init, draw_curves, draw_epsilon, draw_ablation, draw_representation, draw_evolution]
-DRAW += [draw_balance, draw_gain, draw_gradients, draw_stabilizer, draw_weights]
-FIGURES = {draw.__name__.removeprefix("draw_"): draw for draw in DRAW}
+FIGURES = {name.removeprefix("draw_"): draw for name, draw in globals().items() if name.startswith("draw_")}
 
 
 def main(argv=None):

@@ -28,7 +28,7 @@ RECIPES = [
     ("*", "*", "dann", dict(lr=0.02, T=1, clip_norm=1.0)),
     ("*", "mlp vgg8 vgg11", "ei", dict(lr=0.002, warmup_1_in=30)),
     ("*", "mlp vgg8 vgg11", "dann", dict(warmup_1_in=30)),
-    ("*", "*", "homeostasis", dict(lr=0.05, warmup_1_in=30)),
+    ("*", "*", "homeostasis", dict(lr=0.025, warmup_1_in=30)),
     ("tinyimagenet", "resnet18", "ei", dict(lr=0.003, warmup_1_in=30, warmup_from=1e-3)),
     ("cifar10-dvs dvs-gesture", "*", "*", dict(batch_size=32, image_size=48, T=10)),
     ("dvs-gesture", "*", "*", dict(T=16)),

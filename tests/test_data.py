@@ -233,25 +233,25 @@ def test_one_s_own_data_may_be_of_any_type_of_whole_numbers(kind):
     assert d.chance == 0.75 and d.classes == ["0", "1"]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(train_x=torch.full((4, 1, 2, 2), torch.nan)), r"float32 .*; expected whole numbers.*standardized"),
-        (dict(train_x=torch.full((4, 1, 2, 2), 65535)), "from 65535 to 65535 .*from 0 to 255"),
-        (dict(test_x=-X.int() - 1), "test set is .* from -1 to -1"),
-        (dict(train_x=X[:, 0]), r"\(4, 2, 2\) .*images \(N, channels, S, S\)"),
-        (dict(train_x=torch.zeros(4, 2, 2, 3).byte()), r"\(4, 2, 2, 3\)"),
-        (dict(train_x=["a.png", "b.png"]), "is of type list .*, not tensors or arrays of numbers"),
-        (dict(test_x=X[:0], test_y=Y[:0]), r"test set is torch.uint8 \(0, 1, 2, 2\)"),
-        (dict(test_x=torch.zeros(4, 1, 3, 3).byte()), r"training samples have .*1, 2, 2.*, test samples .*1, 3, 3"),
-        (dict(train_y=torch.tensor([0, 1, 2, 0])), "labels from 0 to 2; .*from 0 to 1"),
-        (dict(train_y=Y[:, None]), r"labels torch.int64 \(4, 1\)"),
-        (dict(train_y=Y.float()), "labels torch.float32"),
-        (dict(classes=1), "only one class"),
-        (dict(augment="gesture"), "augmented by none, cifar, not by gesture"),
-        (dict(augment=5), "augmented by none, cifar, not by 5"),
-    ],
-)
+ODD = [  # what is not right in a dataset, and what is said of it
+    (dict(train_x=torch.full((4, 1, 2, 2), torch.nan)), r"float32 .*; expected whole numbers.*standardized"),
+    (dict(train_x=torch.full((4, 1, 2, 2), 65535)), "from 65535 to 65535 .*from 0 to 255"),
+    (dict(test_x=-X.int() - 1), "test set is .* from -1 to -1"),
+    (dict(train_x=X[:, 0]), r"\(4, 2, 2\) .*images \(N, channels, S, S\)"),
+    (dict(train_x=torch.zeros(4, 2, 2, 3).byte()), r"\(4, 2, 2, 3\)"),
+    (dict(train_x=["a.png", "b.png"]), "is of type list .*, not tensors or arrays of numbers"),
+    (dict(test_x=X[:0], test_y=Y[:0]), r"test set is torch.uint8 \(0, 1, 2, 2\)"),
+    (dict(test_x=torch.zeros(4, 1, 3, 3).byte()), r"training samples have .*1, 2, 2.*, test samples .*1, 3, 3"),
+    (dict(train_y=torch.tensor([0, 1, 2, 0])), "labels from 0 to 2; .*from 0 to 1"),
+    (dict(train_y=Y[:, None]), r"labels torch.int64 \(4, 1\)"),
+    (dict(train_y=Y.float()), "labels torch.float32"),
+    (dict(classes=1), "only one class"),
+    (dict(augment="gesture"), "augmented by none, cifar, not by gesture"),
+    (dict(augment=5), "augmented by none, cifar, not by 5"),
+]
+
+
+@pytest.mark.parametrize("change, message", ODD)
 def test_anything_else_is_refused(change, message):
     with pytest.raises(ValueError, match=message) as found:
         data.Dataset(**dict(train_x=X, train_y=Y, test_x=X, test_y=Y, classes=2) | change)

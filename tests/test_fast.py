@@ -355,8 +355,6 @@ def copied(tmp_path, monkeypatch):
 # file, function, text, its replacement, what stays plain
 EDITS = [
     ("lif", "simulate", ") + i_t  #", ") + i_t; u = u.clamp(min=-5)  #", {"LIF"}),
-    ("lif", "Spike.backward", "sigma * (1 - sigma), None", "((u - ctx.threshold).abs() < 0.5), None", {"LIF"}),
-    ("ei_prop", "divide", "return current /", "return 2 * current /", EI | DANN),
     ("ei_prop", "<lambda>", '"adaptive": smallest_positive', '"adaptive": lambda i_div: i_div + 1', EI),
     ("inhibition", "EICircuit.currents", "i_int=i_int)", "i_int=i_int.clamp(-10, 10))", EI | DANN),
     ("inhibition", "EICircuit2d", "2d(EICircuit):", "2d(EICircuit, __import__('contextlib').ContextDecorator):", CONV),
@@ -399,7 +397,6 @@ def unreadable():
 # place, name, what stands there from now on (None: nothing), what is named, what stays plain
 AT_RUN_TIME = [
     (inhibition, "divide", lambda current, *_: current, "inhibition.divide", EI | DANN),
-    (inhibition, "divide", unreadable(), "inhibition.divide", EI | DANN),
     (inhibition, "divide", functools.partial(ei_prop.divide, ste=False), "inhibition.divide", EI | DANN),
     (baselines, "scale_gradient", lambda w, _: w, "baselines.scale_gradient", DANN),
     (EICircuit, "currents", lambda self, x: dict(i_int=x), "inhibition.EICircuit.currents", EI | DANN),

@@ -33,7 +33,7 @@ def suite(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_, **__: few)
-        assert reproduce.main([*TINY, "--no-figures", "--out", str(folder)]) == 0
+        assert reproduce.main([*TINY, *"--suite paper homeostasis --no-figures --out".split(), str(folder)]) == 0
         yield folder
 
 
@@ -47,6 +47,16 @@ def trained(suite):
     dataset, net = load_data_and_model(run.config, torch.device("cpu"))
     restore(net, run.load()["model"], run.folder)
     return dataset, net.eval()
+
+
+def first_step(suite):
+    """That network at initialisation, with the gradients of its first step, and the input of it."""
+    config = Run(run_of(suite)).config
+    dataset, net = load_data_and_model(config, torch.device("cpu"))
+    prepare(config, dataset, net)
+    x, y = data.first_batch(config, dataset)
+    F.cross_entropy(net(x), y).backward()
+    return net, x
 
 
 def numbers(path):
@@ -175,18 +185,26 @@ def test_gain_is_flat_with_division_and_rises_without(suite):
 def test_gradients(suite, capsys):
     rows = draw("gradients", suite)
     assert len(rows) == 5 * (3 * 3 + 3 * 2)  # the readout has no g_I, g_E, b_E
-    config = Run(run_of(suite)).config
-    dataset, net = load_data_and_model(config, torch.device("cpu"))
-    prepare(config, dataset, net)
-    x, y = data.first_batch(config, dataset)
-    F.cross_entropy(net(x), y).backward()
-    norms = {
-        name: found_in(rows, "gradient_norm", variant=name, parameter="w_ei") for name in ("E-I Prop", "no scaling")
-    }
+    net, names = first_step(suite)[0], ("E-I Prop", "no scaling")
+    norms = {name: found_in(rows, "gradient_norm", variant=name, parameter="w_ei") for name in names}
     assert norms["E-I Prop"] == pytest.approx([c.w_ei.grad.norm().item() for c in circuits(net)], rel=1e-4)
     scaled = [norm / c.fan_in for norm, c in zip(norms["no scaling"], circuits(net), strict=True)]
     assert norms["E-I Prop"] == pytest.approx(scaled, rel=1e-3)
     assert "is of kind dann" in fails(capsys, "gradients", run_of(suite, "dann"))
+
+
+def test_learning(suite):
+    rows, (net, x) = draw("learning", suite), first_step(suite)
+    assert {row["kind"] for row in rows} == {"ei", "homeostasis", "bn"}
+    circuit = net.encoder.stages[0].circuit
+    before, step = circuit(x), circuit.w_ie.grad.mean((1, 2, 3), keepdim=True)
+    circuit.w_ie.data -= 0.001 * step
+    moved = 1000 * (circuit(x) - before).square().mean().sqrt() / before.std()
+    assert found_in(rows, "value", kind="ei", quantity="w_ie, common")[0] == pytest.approx(moved.item(), rel=0.02)
+    dataset, net = trained(suite)
+    rates = net.encoder.stages[0](data.to_input(dataset.test_x).expand(2, 40, 1, 32, 32)).mean((0, 1, 3, 4))
+    for name, share in dict(hardly=rates < 0.01, mostly=rates > 0.5).items():
+        assert found_in(rows, "value", kind="ei", quantity=name)[0] == 100 * share.float().mean()
 
 
 def test_stabilizer(suite, capsys):
