@@ -5,18 +5,20 @@ E-I Init gives I_int the mean 0 and the standard deviation 1 in each map, once. 
 much does, slowly: a neuron that fires too much becomes less excitable within hours (intrinsic plasticity), and the
 strength of all its synapses together is kept (synaptic scaling).
 
-Intrinsic plasticity: each map keeps slow averages, m and s, of the mean and the standard deviation of its quotient q,
+Intrinsic plasticity: each map keeps slow averages, m and v, of the mean and the variance of its quotient q. They start
+at 0 and 1, which is what E-I Init aims at.
 
-    q = (I_EE - I_sub) / (I_div + mean of I_div over the sample)              in place of (I_EE - I_sub) / I_div
-    m <- m + k (mean of q - m)        s <- s + k (sd of q - s)                in each forward pass in training, k = 0.1
-    I_int = g_E (q - m) / s + b_E                                             what the LIF neurons receive
+    q = 2 (I_EE - I_sub) / (I_div + mean of I_div over the sample)            in place of (I_EE - I_sub) / I_div
+    m <- m + k (mean of q - m)        v <- v + k (variance of q - v)          in each forward pass in training, k = 0.1
+    I_int = g_E (q - m) / sqrt(v) + b_E                                       what the LIF neurons receive
 
-Forward, samples of a batch meet in these averages alone. Backward, the gradient is that of a batch norm: the part of
-an error that would move or stretch the whole map is left out, for homeostasis would only undo it.
+In training a batch norm divides by the statistics of the batch at hand. Here samples of a batch meet in the slow
+averages alone. Backward, the gradient is that of a batch norm: the part of an error that would move or stretch the
+whole map is left out, for homeostasis would only undo it.
 
 The mean in the divisor is a wider pool of interneurons (a normalization pool: Carandini and Heeger, 2012). Without it,
-a position that hardly a neuron drives is divided by nearly nothing, and such positions decide the standard deviation
-of the map. Gain control stays what it is: with 2 x in place of x, q is the same.
+a position that hardly a neuron drives is divided by nearly nothing, and such positions decide the variance of the map.
+Gain control stays what it is: with 2 x in place of x, q is the same.
 
 Synaptic scaling: after each step the weights of W_EE and W_IE that lead to one neuron have the sum that they had before
 it. In a training loop of your own, step inside `conserve_synapses`.
@@ -34,8 +36,7 @@ from inhibition import EICircuit, EICircuit2d
 class Homeostasis:
     """What a circuit becomes with it: x as for the circuit -> I_int, of the same shape.
 
-    Buffers: mean, sd (n_E,), m and s above. They are 0 before the first batch in training, which counts whole (with
-    E-I Init it is its batch). `currents` gives the paper's I_int. A network's readout is an `EICircuit`.
+    Buffers: mean, var (n_E,), m and v above. `currents` gives the paper's I_int. A network's readout is an `EICircuit`.
     """
 
     rate = 0.1  # k
@@ -43,32 +44,25 @@ class Homeostasis:
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_buffer("mean", torch.zeros(self.n_e))
-        self.register_buffer("sd", torch.zeros(self.n_e))
+        self.register_buffer("var", torch.ones(self.n_e))
 
     def quotient(self, x):
         """q, (N, n_E, ...)."""
         found = self.currents(x)
         i_div = found["i_div"]  # (N, n_E, ...)
         pool = i_div.mean(tuple(range(1, i_div.dim())), keepdim=True)  # (N, 1, ...)
-        return divide(found["i_ee"] - found["i_sub"], i_div + pool, self.eps, self.ste)
-
-    @torch.no_grad()
-    def adapt(self, q):
-        """Moves m and s towards those of a batch, where these are finite."""
-        sd, mean = torch.std_mean(q, [0, *range(2, q.dim())], correction=0)  # (n_E,)
-        rate = torch.where(self.sd > 0, self.rate, 1.0)  # of a map that was silent until now: 1
-        for slow, now in (self.mean, mean), (self.sd, sd):
-            slow += rate * torch.where((mean + sd).isfinite(), now - slow, 0)
+        return 2 * divide(found["i_ee"] - found["i_sub"], i_div + pool, self.eps, self.ste)
 
     def forward(self, x):
         q = self.quotient(x)
         if self.training:
-            self.adapt(q)
-        one_a_map = (-1,) + (1,) * (q.dim() - 2)
-        held = (q - self.mean.view(one_a_map)) / self.sd.clamp(min=1e-5).view(one_a_map)
-        if self.training:
-            held = straight_through(F.batch_norm(q, None, None, training=True), held)
-        return self.g_e.view(one_a_map) * held + self.b_e.view(one_a_map)
+            var, mean = torch.var_mean(q.detach(), [0, *range(2, q.dim())], correction=0)  # (n_E,)
+            self.mean.lerp_(mean, self.rate)  # m
+            self.var.lerp_(var, self.rate)  # v
+        i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e)  # g_E (q - m) / sqrt(v) + b_E
+        if not self.training:
+            return i_int
+        return straight_through(F.batch_norm(q, None, None, self.g_e, self.b_e, training=True), i_int)
 
 
 class HomeostaticCircuit(Homeostasis, EICircuit):

@@ -125,7 +125,7 @@ class FastCircuit(EICircuit):
         w_ie, w_ei, g_i = self.inhibitory_parameters()
         w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x, for s_I is linear in x
         if not self.readout:  # g_E scales what the division scales
-            g_e, b_e = (torch.ones_like(self.g_e), torch.zeros_like(self.b_e)) if pool else (self.g_e, self.b_e)
+            g_e, b_e = (torch.full_like(self.g_e, 2), torch.zeros_like(self.b_e)) if pool else (self.g_e, self.b_e)
             w = torch.cat([g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
         currents = self.product(x, w)
         with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
@@ -227,10 +227,10 @@ _pairs = """
     baselines.DANN.__init__ da4054dce567  baselines.DANN.inhibitory_parameters 30182545b180  ei_prop.divide 19fcf8e48779
     ei_prop.scale_gradient 5b5b171c2520  inhibition.EICircuit.is_reached 52946c844d09  model.Layer.__init__ 8927d015ea48
     ei_prop.smallest_positive 6bebe15ba635  inhibition.EICircuit2d.is_reached 130a7f40af8a  lif.LIF.forward 9ef537752584
-    ei_prop.stabilize 9d6be9594203  ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ ceb232a10066
-    homeostasis.Homeostasis.adapt 902abd4a6677  inhibition.EICircuit.forward 9eb5b79b662d  lif.check_neuron 5c2f6a218fd0
-    homeostasis.Homeostasis.forward 51945df1affd  lif.LIF.__init__ 3eda42f2017f  lif.LIF.membrane_potential ee5833009f10
-    homeostasis.Homeostasis.quotient 9874b6f99aab  lif.Spike.backward 75aee6ae5666  lif.Spike.setup_context ba32b189598e
+    ei_prop.stabilize 9d6be9594203  ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ 1b0a0cbac650
+    inhibition.EICircuit.forward 9eb5b79b662d  lif.check_neuron 5c2f6a218fd0
+    homeostasis.Homeostasis.forward 50e7db679567  lif.LIF.__init__ 3eda42f2017f  lif.LIF.membrane_potential ee5833009f10
+    homeostasis.Homeostasis.quotient 71fe727f50dc  lif.Spike.backward 75aee6ae5666  lif.Spike.setup_context ba32b189598e
     inhibition.EICircuit.__init__ c8f72c5493ee  inhibition.EICircuit.currents 69ccc3c402cd
     inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7  lif.simulate 17596fc7bdee  model.Layer.forward b4012e9aa5d1
     inhibition.EICircuit.lateral 03b1740b1f1a  inhibition.EICircuit.synapses b848e127b27f

@@ -14,26 +14,25 @@ def test_the_division_has_a_pool_and_no_contrast():
     circuit, x = HomeostaticCircuit2d(3, 5, 3).double(), torch.rand(2, 3, 6, 6).double()
     x[1, :, :4] = 0  # three of four rows of its positions are silent
     i_ee, _, i_sub, i_div, _ = circuit.currents(x).values()
-    q = (i_ee - i_sub) / (i_div + i_div.mean((1, 2, 3), keepdim=True))
+    q = 2 * (i_ee - i_sub) / (i_div + i_div.mean((1, 2, 3), keepdim=True))
     torch.testing.assert_close((circuit.quotient(x), circuit.quotient(3 * x)), (q, q))
     assert not circuit.quotient(0 * x).any()
 
 
 def test_it_holds_the_quotient_by_slow_averages_and_learns_as_batch_norm(monkeypatch):
     monkeypatch.setattr(HomeostaticCircuit2d, "quotient", lambda self, q: q)
-    circuit, gain = HomeostaticCircuit2d(3, 5, 3), torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
-    circuit.g_e.data, circuit.b_e.data = gain, gain - 1
-    first, q = torch.randn(4, 5, 6, 6), 3 * torch.randn(4, 5, 6, 6).add(1)
-    first[:, 4] = 0  # silent until now, so its first current counts whole
-    circuit(first), circuit(q.requires_grad_()), circuit(torch.full_like(q, torch.inf))  # which is left out
-    for name, of in dict(mean=torch.mean, sd=lambda x, d: torch.std(x, d, correction=0)).items():
-        a, b = of(first, (0, 2, 3)), of(q, (0, 2, 3))
-        torch.testing.assert_close(getattr(circuit, name), torch.cat([0.9 * a + 0.1 * b, b])[[0, 1, 2, 3, 9]])
-    grad, found = torch.randn(4, 5, 6, 6), circuit(q)
-    torch.testing.assert_close(found, circuit.eval()(q))  # the same in training and in testing
-    torch.testing.assert_close(found[:1], circuit(q[:1]))  # for each sample by itself
-    norm = F.batch_norm(q, None, None, gain, gain - 1, training=True)
-    torch.testing.assert_close(*(torch.autograd.grad(out, q, grad)[0] for out in (found, norm)))
+    circuit, q = HomeostaticCircuit2d(3, 5, 3), 3 * torch.randn(4, 5, 6, 6).add(1)
+    circuit.g_e.data, circuit.b_e.data = gain, bias = torch.tensor([1.0, 2, 0.5, 3, 1]), torch.randn(5)
+    first, gain, bias = circuit(q), gain.view(-1, 1, 1), bias.view(-1, 1, 1)
+    mean, var = 0.1 * q.mean((0, 2, 3)), 0.9 + 0.1 * q.var((0, 2, 3), correction=0)
+    torch.testing.assert_close((circuit.mean, circuit.var), (mean, var))
+    held = gain * (q - mean.view(-1, 1, 1)) / var.view(-1, 1, 1).sqrt() + bias
+    torch.testing.assert_close((first, circuit.eval()(q)), (held, held), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(circuit(q[:1]), held[:1], rtol=1e-4, atol=1e-4)  # each sample by itself
+    inputs, grad = (q.requires_grad_(), circuit.g_e, circuit.b_e), torch.randn(4, 5, 6, 6)
+    norm = F.batch_norm(q, None, None, circuit.g_e, circuit.b_e, training=True)
+    for out in zip(*(torch.autograd.grad(out, inputs, grad) for out in (circuit.train()(q), norm)), strict=True):
+        torch.testing.assert_close(*out)
 
 
 @pytest.mark.parametrize("kind", ["homeostasis", "ei"])
