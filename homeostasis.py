@@ -54,15 +54,13 @@ class Homeostasis:
         return 2 * divide(found["i_ee"] - found["i_sub"], i_div + pool, self.eps, self.ste)
 
     def forward(self, x):
-        q = self.quotient(x)
-        if self.training:
-            var, mean = torch.var_mean(q.detach(), [0, *range(2, q.dim())], correction=0)  # (n_E,)
-            self.mean.lerp_(mean, self.rate)  # m
-            self.var.lerp_(var, self.rate)  # v
-        i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e)  # g_E (q - m) / sqrt(v) + b_E
-        if not self.training:
-            return i_int
-        return straight_through(F.batch_norm(q, None, None, self.g_e, self.b_e, training=True), i_int)
+        q, eps = self.quotient(x), 1e-5
+        if self.training:  # a batch norm, which also says the mean and 1 / sqrt(variance + eps) of each map, (n_E,)
+            learned, mean, inverse = torch.native_batch_norm(q, self.g_e, self.b_e, None, None, True, 0.0, eps)
+            self.mean.lerp_(mean.detach(), self.rate)  # m
+            self.var.lerp_(inverse.detach() ** -2 - eps, self.rate)  # v
+        i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e, eps=eps)  # g_E (q - m) / sqrt(v) + b_E
+        return straight_through(learned, i_int) if self.training else i_int
 
 
 class HomeostaticCircuit(Homeostasis, EICircuit):
