@@ -1,12 +1,12 @@
 """Homeostasis. It is not in the paper: an option, with which an E-I network learns nearly as fast as with a batch norm
 (CIFAR-10, a quarter of the width, 3 epochs; results/learning.md says how it was found, and what is not known yet).
 
-E-I Init gives I_int the mean 0 and the standard deviation 1 in each map, once. After that nothing holds them. In cortex
-much does, slowly: a neuron that fires too much becomes less excitable within hours (intrinsic plasticity), and the
-strength of all its synapses together is kept (synaptic scaling).
+E-I Init aims at the mean 0 and the standard deviation 1 of I_int, once. After that nothing holds them. In cortex much
+does, slowly: a neuron that fires too much becomes less excitable within hours (intrinsic plasticity), and the strength
+of all its synapses together is kept (synaptic scaling).
 
 Intrinsic plasticity: each map keeps slow averages, m and v, of the mean and the variance of its quotient q. They start
-at 0 and 1, which is what E-I Init aims at.
+at 0 and 1, which E-I Init makes true of a layer roughly, not of each map.
 
     q = 2 (I_EE - I_sub) / (I_div + mean of I_div over the sample)            in place of (I_EE - I_sub) / I_div
     m <- m + k (mean of q - m)        v <- v + k (variance of q - v)          in each forward pass in training, k = 0.1
@@ -55,10 +55,10 @@ class Homeostasis:
 
     def forward(self, x):
         q, eps = self.quotient(x), 1e-5
-        if self.training:  # a batch norm, which also says the mean and 1 / sqrt(variance + eps) of each map, (n_E,)
+        if self.training:  # a batch norm, which also returns mean and 1 / sqrt(variance + eps) of each map
             learned, mean, inverse = torch.native_batch_norm(q, self.g_e, self.b_e, None, None, True, 0.0, eps)
-            self.mean.lerp_(mean.detach(), self.rate)  # m
-            self.var.lerp_(inverse.detach() ** -2 - eps, self.rate)  # v
+            for slow, now in (self.mean, mean), (self.var, inverse**-2 - eps):  # (n_E,)
+                slow.lerp_(torch.where(now.isfinite(), now, slow).detach(), self.rate)
         i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e, eps=eps)  # g_E (q - m) / sqrt(v) + b_E
         return straight_through(learned, i_int) if self.training else i_int
 
@@ -79,7 +79,8 @@ def strength(w):
 @contextmanager
 def conserve_synapses(model):
     """Synaptic scaling: `with conserve_synapses(model): optimizer.step(); clamp_dale(model)`. What all synapses of a
-    neuron gained alike is taken away, what the bound at 0 then leaves is scaled away. In other circuits: nothing."""
+    neuron gained alike is taken away, what the bound at 0 then leaves is scaled away. In other circuits, and where the
+    weights are pruned or parametrized: nothing."""
     circuits = [m for m in model.modules() if isinstance(m, Homeostasis)]
     weights = [w.detach() for c in circuits for w in (c.w_ee, c.w_ie)]
     totals = [strength(w) for w in weights]

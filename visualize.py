@@ -296,10 +296,10 @@ def moved_by_a_step(network, x, y):
 def draw_learning(args, runs):
     """What a step moves in the currents at initialisation, and the maps that hardly or mostly fire after training."""
     kinds = [kind for kind in ("ei", "homeostasis", "bn") if kind in {run.config["kind"] for run in runs.found}]
-    figure, axes = panels(2.8, 1, 3)
-    axes[0, 1].sharey(axes[0, 0])
-    rows, right = [], axes[0, 2]
-    for kind, axis, style in zip(kinds or ["ei"], axes[0], STYLES, strict=False):
+    divided = [kind for kind in kinds if kind != "bn"] or ["ei"]
+    figure, [[*left, right]] = panels(2.8, 1, len(divided) + 1)
+    rows = []
+    for kind, axis, style in zip(dict.fromkeys([*divided, *kinds]), [*left, right], STYLES, strict=False):
         run, dataset, networks = networks_of(runs, kinds=kinds, kind=kind)
         before, spikes = next(iter(networks.values())), []
         x, _ = data.sample(dataset, run.config["T"])
@@ -314,12 +314,13 @@ def draw_learning(args, runs):
             for (part, distances), look in zip([*found.items()][2:], STYLES, strict=False):
                 name, _, of = part.partition(", ")
                 axis.plot(by, distances, label=f"{symbol(name)} {of}", **look)
-            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step")
+            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step", ylim=(1e-5, 10))
         rows += long_rows("value", list(found.values()), kind=[kind], quantity=found, layer=by)
         by_layer(axis, len(rates))
+    by_layer(right, len(rates))
     right.set(title="firing in < 1 % or > 50 %", ylabel="maps (%)", ylim=(-3, 103))
     right.legend()
-    save(figure, "learning", rows, args.out, legend=axes[0, 0])
+    save(figure, "learning", rows, args.out, legend=left[0])
 
 
 def middle(values):

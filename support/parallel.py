@@ -69,7 +69,7 @@ def total(x):
 
 
 def same_buffers(model):
-    """Gives every process the first one's running statistics (BN-SNN), which differ a little after a step."""
+    """Gives every process the first one's running statistics (BN-SNN, homeostasis), which differ after a step."""
     for buffer in model.buffers() if world() > 1 else ():
         dist.broadcast(buffer, 0)
 

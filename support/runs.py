@@ -379,7 +379,8 @@ class Runs:
         """The run with these settings, else the paper's; if none is said, the only one. Names other equations once."""
         method = {key: self.given.get(key, value) for key, value in FULL.items()} | wanted
         fitting = [run for run in self.found if method.items() <= run.config.items()]
-        fitting = self.found if len(self.found) == 1 and not wanted else fitting
+        alone = len(self.found) == 1 and wanted.items() <= self.found[0].config.items()
+        fitting = self.found if alone else fitting
         if not fitting:
             said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
             raise ValueError(f"{self.folder} has no run with {said}: reproduce.py trains it, with the others' options")

@@ -12,7 +12,7 @@ from train import train_step
 
 def test_the_division_has_a_pool_and_no_contrast():
     circuit, x = HomeostaticCircuit2d(3, 5, 3).double(), torch.rand(2, 3, 6, 6).double()
-    x[1, :, :4] = 0  # three of four rows of its positions are silent
+    x[1, :, :4] = 0  # two of four rows of its positions are silent
     i_ee, _, i_sub, i_div, _ = circuit.currents(x).values()
     q = 2 * (i_ee - i_sub) / (i_div + i_div.mean((1, 2, 3), keepdim=True))
     torch.testing.assert_close((circuit.quotient(x), circuit.quotient(3 * x)), (q, q))
