@@ -86,6 +86,7 @@ def test_an_image_is_the_same_frame_at_each_step(kind):
     model = build("vgg8", plan=NARROW, kind=kind)
     x = torch.rand(4, 3, 32, 32)
     initialize(model, x)
+    model.train(kind != "homeostasis")  # whose slow averages move in a pass of training
     torch.testing.assert_close(model(x), model(x.unsqueeze(1).repeat(1, 4, 1, 1, 1)))
 
 
