@@ -227,8 +227,8 @@ def build(arch, in_channels=3, n_classes=10, T=4, kind="ei", image_size=32, plan
     else:
         encoder = VGG(plan, in_channels, image_size, layer)
     if kind in ("ei", "dann", "homeostasis"):
-        circuit_class = DENSE["ei" if kind == "homeostasis" else kind]
-        readout = circuit_class(encoder.n_features, n_classes, readout=True, **of_circuit)
+        readout_class = DENSE["ei" if kind == "homeostasis" else kind]
+        readout = readout_class(encoder.n_features, n_classes, readout=True, **of_circuit)
     else:
         readout = nn.Linear(encoder.n_features, n_classes)
     return Network(encoder, readout, T, in_channels, image_size)
