@@ -71,9 +71,12 @@ def draw_init(args, runs):
             with contextlib.suppress(ValueError):  # E-I Init stops after a silent layer. We draw this silence.
                 if init:
                     initialize(model, batch, init)
-            seen = []
-            measure.observe(model, batch, lambda *values, seen=seen: seen.append(values))
-            found = [(current.mean().item(), current.std().item(), s.mean().item()) for _, current, _, s in seen]
+            found = []
+
+            def see(i, current, u, spikes, found=found):
+                found.append((current.mean().item(), current.std().item(), spikes.mean().item()))
+
+            measure.observe(model, batch, see)
             for layer, (mean, std, rate) in enumerate(found, 1):
                 rows.append(dict(arch=arch, init=how, layer=layer, mean=mean, std=std, firing_rate=rate))
             for axis, values in zip(of_arch, zip(*found, strict=True), strict=True):
@@ -132,13 +135,15 @@ def stabilization(model, batches, variants):
     divided, seen = circuits(model)[:-1], {}
     rows = [dict(layer=i, zeros=0.0, unbalanced=0.0) for i, _ in enumerate(divided, 1)]
 
+    def record(circuit, args, i_int):
+        seen[circuit] = args[0].detach(), i_int
+
     for images, labels in batches:
-        hooks = [circuit.register_forward_hook(lambda *values: seen.update({values[0]: values})) for circuit in divided]
-        with measure.hooked(model, hooks):
+        with measure.hooked(model, [circuit.register_forward_hook(record) for circuit in divided]):
             loss = F.cross_entropy(model(images), labels)
-        incoming = torch.autograd.grad(loss, [seen[circuit][2] for circuit in divided])
+        incoming = torch.autograd.grad(loss, [seen[circuit][1] for circuit in divided])
         for circuit, row, grad_int in zip(divided, rows, incoming, strict=True):
-            x = seen[circuit][1][0].detach()
+            x = seen[circuit][0]
             found = circuit.currents(x)
             zero = found["i_div"] == 0
             rounding = 1e-5 * found["i_ee"].amax()
@@ -273,7 +278,7 @@ def draw_evolution(args, runs):
 def moved_by_a_step(network, x, y):
     """How far a step of plain SGD moves each layer's current, over its standard deviation and the learning rate:
     {"w_ei": [layer 1, ...], ...}. Weights from excitatory neurons are in two parts, "w_ee, common", what the step does
-    to all weights of a neuron alike, and "w_ee, rest"."""
+    to all weights of a neuron alike, and "w_ee, rest". The network is in float64 afterwards."""
     inputs, found, rate = {}, {}, 1e-5
     hooks = [c.register_forward_pre_hook(lambda c, args: inputs.update({c: args[0]})) for c in circuits(network)[:-1]]
     with measure.hooked(network.double(), hooks, training=True), torch.enable_grad():
