@@ -2,8 +2,8 @@
 (CIFAR-10, VGG-8 of half the width, 20 epochs, one seed: results/learning.md, which says how it was found, too).
 
 E-I Init aims at the mean 0 and the standard deviation 1 of I_int, once. After that nothing holds them. In cortex much
-does, slowly: a neuron that fires too much becomes less excitable within hours (intrinsic plasticity), and the strength
-of all its synapses together is kept (synaptic scaling).
+does, slowly: a neuron that fires too much becomes less excitable within hours (intrinsic plasticity), and where some of
+its synapses grow, others shrink, so that their total strength hardly changes (heterosynaptic plasticity).
 
 Intrinsic plasticity: each map keeps slow averages, m and v, of the mean and the variance of its quotient q. They start
 at 0 and 1, which E-I Init makes true of a layer roughly, not of each map.
@@ -12,16 +12,18 @@ at 0 and 1, which E-I Init makes true of a layer roughly, not of each map.
     m <- m + k (mean of q - m)        v <- v + k (variance of q - v)          in each forward pass in training, k = 0.1
     I_int = g_E (q - m) / sqrt(v) + b_E                                       what the LIF neurons receive
 
-In training a batch norm divides by the statistics of the batch at hand. Here samples of a batch meet in the slow
-averages alone. Backward, the gradient is that of a batch norm: the part of an error that would move or stretch the
-whole map is left out, for homeostasis would only undo it.
+In training a batch norm divides by the statistics of the batch at hand. Here, forward, samples of a batch meet in the
+slow averages alone, of which this batch is a tenth. Backward, the gradient is that of a batch norm: the part of an
+error that would move or stretch the whole map is left out, for homeostasis would only undo it.
 
 The mean in the divisor is a wider pool of interneurons (a normalization pool: Carandini and Heeger, 2012). Without it,
-a position that hardly a neuron drives is divided by nearly nothing, and such positions decide the variance of the map.
-Gain control stays what it is: with 2 x in place of x, q is the same.
+a position that hardly a neuron drives is divided by nearly nothing, and a few such positions hold much of the variance
+of a map. The divisor is 0 in a silent sample only, so the adaptive epsilon and STE change nothing here. Gain control
+stays: with 2 x in place of x, q is the same. But where nothing comes in, I_int is not b_E: q is 0, and q - m is not.
 
-Synaptic scaling: after each step the weights of W_EE and W_IE that lead to one neuron have the sum that they had before
-it. In a training loop of your own, step inside `conserve_synapses`.
+Synaptic normalization: after each step the weights of W_EE and W_IE that lead to one neuron have the sum that they had
+before it. So weight decay pulls them towards their mean, not towards 0. In a training loop of your own, step inside
+`conserve_synapses`.
 """
 
 from contextlib import contextmanager
@@ -54,12 +56,12 @@ class Homeostasis:
         return 2 * divide(found["i_ee"] - found["i_sub"], i_div + pool, self.eps, self.ste)
 
     def forward(self, x):
-        q, eps = self.quotient(x), 1e-5
-        if self.training:  # a batch norm, which also returns mean and 1 / sqrt(variance + eps) of each map
-            learned, mean, inverse = torch.native_batch_norm(q, self.g_e, self.b_e, None, None, True, 0.0, eps)
-            for slow, now in (self.mean, mean), (self.var, inverse**-2 - eps):  # (n_E,)
-                slow.lerp_(torch.where(now.isfinite(), now, slow).detach(), self.rate)
-        i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e, eps=eps)  # g_E (q - m) / sqrt(v) + b_E
+        q = self.quotient(x)
+        if self.training:  # a batch norm, which also returns mean and 1 / sqrt(variance + 1e-5) of each map, (n_E,)
+            learned, mean, inverse = torch.native_batch_norm(q, self.g_e, self.b_e, None, None, True, 0.0, 1e-5)
+            self.mean.lerp_(mean, self.rate)
+            self.var.lerp_(inverse**-2, self.rate)
+        i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e)  # g_E (q - m) / sqrt(v) + b_E
         return straight_through(learned, i_int) if self.training else i_int
 
 
@@ -72,19 +74,19 @@ class HomeostaticCircuit2d(Homeostasis, EICircuit2d):
 
 
 def strength(w):
-    """The sum of the weights that lead to each neuron: (n, ...) -> (n, 1, ...)."""
-    return w.sum(tuple(range(1, w.dim())), keepdim=True)
+    """The mean of the weights that lead to each neuron: (n, ...) -> (n, 1, ...)."""
+    return w.mean(tuple(range(1, w.dim())), keepdim=True)
 
 
 @contextmanager
 def conserve_synapses(model):
-    """Synaptic scaling: `with conserve_synapses(model): optimizer.step(); clamp_dale(model)`. What all synapses of a
-    neuron gained alike is taken away, what the bound at 0 then leaves is scaled away. In other circuits, and where the
-    weights are pruned or parametrized: nothing."""
+    """Around a step: `with conserve_synapses(model): optimizer.step(); clamp_dale(model)`. What all synapses of
+    a neuron gained alike is taken away; then, since no weight falls below 0, what is still too much is scaled away. In
+    other circuits, and where the weights are pruned or parametrized: nothing."""
     circuits = [m for m in model.modules() if isinstance(m, Homeostasis)]
     weights = [w.detach() for c in circuits for w in (c.w_ee, c.w_ie)]
-    totals = [strength(w) for w in weights]
+    before = [strength(w) for w in weights]
     yield
-    for w, total in zip(weights, totals, strict=True):
-        w.sub_((strength(w) - total) / w[0].numel()).clamp_(min=0)
-        w.mul_(total / strength(w).clamp(min=1e-12))
+    for w, kept in zip(weights, before, strict=True):
+        w.sub_(strength(w) - kept).clamp_(min=0)
+        w.mul_(kept / strength(w).clamp(min=1e-12))

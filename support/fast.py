@@ -228,7 +228,7 @@ _pairs = """
     ei_prop.smallest_positive 6bebe15ba635  inhibition.EICircuit2d.is_reached 130a7f40af8a  lif.LIF.forward 9ef537752584
     ei_prop.stabilize 9d6be9594203  ei_prop.straight_through 0826f0058070  homeostasis.Homeostasis.__init__ 1b0a0cbac650
     inhibition.EICircuit.forward 9eb5b79b662d  lif.check_neuron 5c2f6a218fd0
-    homeostasis.Homeostasis.forward 66bc0a429904  lif.LIF.__init__ 3eda42f2017f  lif.LIF.membrane_potential ee5833009f10
+    homeostasis.Homeostasis.forward d1893f5211ee  lif.LIF.__init__ 3eda42f2017f  lif.LIF.membrane_potential ee5833009f10
     homeostasis.Homeostasis.quotient 71fe727f50dc  lif.Spike.backward 75aee6ae5666  lif.Spike.setup_context ba32b189598e
     inhibition.EICircuit.__init__ c8f72c5493ee  inhibition.EICircuit.currents 69ccc3c402cd
     inhibition.EICircuit.inhibitory_parameters 17622cd6a0b7  lif.simulate 17596fc7bdee  model.Layer.forward b4012e9aa5d1

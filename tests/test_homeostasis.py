@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ei_init import initialize
-from homeostasis import HomeostaticCircuit2d, strength
+from homeostasis import HomeostaticCircuit, HomeostaticCircuit2d, conserve_synapses, strength
 from model import build, circuits
 from train import train_step
 
@@ -46,3 +46,13 @@ def test_a_step_conserves_the_strength_of_synapses(kind):
     kept = [torch.allclose(strength(w), total, rtol=1e-4) for w, total in zip(weights, before, strict=True)]
     assert all(kept) == (kind == "homeostasis")
     assert all((p >= 0).all() for name, p in model.named_parameters() if "b_e" not in name)
+
+
+def test_what_all_synapses_gain_alike_is_taken_away():
+    circuit, gain = HomeostaticCircuit(9, 5), torch.rand(5, 9)
+    w = circuit.w_ee.data.add_(1)
+    w[0] = gain[0] = 0  # a neuron without synapses
+    expected = w + gain - gain.mean(1, keepdim=True)
+    with conserve_synapses(circuit):
+        w += gain
+    torch.testing.assert_close(w, expected)
