@@ -193,11 +193,6 @@ def test_the_figures_show_what_the_docstrings_say():
     assert max(column("ablation.csv", "test_accuracy", run="all of it")) > 0.9
 
 
-def test_the_circuit_that_divides_does_not_see_the_contrast():
-    circuit, x = EICircuit(20, 8), torch.rand(5, 20)
-    torch.testing.assert_close(circuit(2 * x), circuit(x))
-
-
 def test_a_negative_input_can_make_i_div_negative_or_close_to_0():
     circuit = EICircuit(20, 8)
     i_div = circuit.currents(torch.randn(200, 20))["i_div"]

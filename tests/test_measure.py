@@ -94,8 +94,7 @@ def test_costs_are_those_counted_by_hand(form):
     spikes = net.encoder.stages[0](repeated).flatten(0, 1)
     assert first["firing_rate"] == pytest.approx(spikes.mean().item())
     pooled = F.avg_pool2d(spikes, 2).sum(1)  # (T B, 16, 16); a spike at a border reaches fewer
-    taps = torch.full((16,), 3.0)
-    taps[0] = taps[-1] = 2
+    taps = torch.tensor([2.0, *[3.0] * 14, 2.0])
     expected = (pooled * taps[:, None] * taps).sum().item() / 3 * (8 + 2)
     assert second["accumulates"] == pytest.approx(expected, rel=1e-5)
     assert second["multiplies"] == 2 * 16 * 16 * (2 * 8 * 2 + 2 + 2 * 8)

@@ -166,8 +166,7 @@ def test_balance(suite):
     image = data.to_input(dataset.test_x[3 * int(row["image"])])[None]  # 14 of 40 are looked at
     found = visualize.currents_of(net, image, 1)["i_ee"][0, 0, int(row["neuron"]), 8, 8]
     assert float(row["i_ee"]) == pytest.approx(found.item(), rel=1e-4)
-    dense = torch.rand(4, 2, 7)
-    assert visualize.middle(dense) is dense
+    assert visualize.middle(dense := torch.rand(4, 2, 7)) is dense
 
 
 def test_gain_is_flat_with_division_and_rises_without(suite):
