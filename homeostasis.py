@@ -23,7 +23,8 @@ stays: with 2 x in place of x, q is the same. But where nothing comes in, I_int 
 
 Synaptic normalization: after each step the weights of W_EE and W_IE that lead to one neuron have the sum that they had
 before it. So weight decay pulls them towards their mean, not towards 0. In a training loop of your own, step inside
-`conserve_synapses`.
+`conserve_synapses`, and call `model.eval()` before you test: in training each forward pass moves m and v, also that of
+`initialize`.
 """
 
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def conserve_synapses(model):
     a neuron gained alike is taken away; then, since no weight falls below 0, what is still too much is scaled away. In
     other circuits, and where the weights are pruned or parametrized: nothing."""
     circuits = [m for m in model.modules() if isinstance(m, Homeostasis)]
-    weights = [w.detach() for c in circuits for w in (c.w_ee, c.w_ie)]
+    weights = [getattr(c, name).detach() for c in circuits for name in c.from_excitatory]
     before = [strength(w) for w in weights]
     yield
     for w, kept in zip(weights, before, strict=True):

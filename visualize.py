@@ -6,6 +6,7 @@ Each subcommand writes a PNG, a PDF, and the numbers of the figure as a CSV. Ora
 import contextlib
 import copy
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.figure
@@ -238,7 +239,7 @@ def draw_ablation(args, runs):
 
 def draw_representation(args, runs):
     """Distributions of I_int and u before and after the training, and the last layer's firing rates in the plane."""
-    run, dataset, networks = networks_of(runs, kinds=NAMES)
+    run, dataset, networks = networks_of(runs, kinds=(*NAMES, "homeostasis"))
     x, y = data.sample(dataset, run.config["T"])
     y = y.cpu().numpy()
     n = len(layers(networks[AFTER]))
@@ -300,7 +301,9 @@ def moved_by_a_step(network, x, y):
 
 def draw_learning(args, runs):
     """What a step moves in the currents at initialisation, and the maps that hardly or mostly fire after training."""
-    kinds = [kind for kind in ("ei", "homeostasis", "bn") if kind in {run.config["kind"] for run in runs.found}]
+    there = {run.config["kind"] for run in runs.found}
+    picked = {kind: runs.pick(kind=kind) for kind in ("ei", "homeostasis", "bn") if kind in there}
+    kinds = list(side_by_side(picked or dict(ei=runs.pick(kind="ei")), lambda run: run))
     divided = [kind for kind in kinds if kind != "bn"] or ["ei"]
     figure, [[*left, right]] = panels(2.8, 1, len(divided) + 1)
     rows = []
@@ -316,10 +319,11 @@ def draw_learning(args, runs):
         right.plot(by, np.sum([*found.values()], 0), label=NAMES.get(kind, kind), **style)
         if circuits(before):
             found |= moved_by_a_step(before, *data.first_batch(run.config, dataset))
-            for (part, distances), look in zip([*found.items()][2:], STYLES, strict=False):
+            for (part, distances), look in zip([*found.items()][2:], cycle(STYLES), strict=False):
                 name, _, of = part.partition(", ")
                 axis.plot(by, distances, label=f"{symbol(name)} {of}", **look)
-            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step", ylim=(1e-5, 10))
+            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step")
+            axis.set_ylim(bottom=1e-5)
         rows += long_rows("value", list(found.values()), kind=[kind], quantity=found, layer=by)
         by_layer(axis, len(rates))
     by_layer(right, len(rates))

@@ -69,7 +69,7 @@ def recipe(data, arch, kind):
 def table():
     """`RECIPES` as lines of text."""
     rows = [("data", "arch", "kind", "what differs from the rows above it; * is all"), *RECIPES]
-    return ["{:25}{:16}{:13}{}".format(*row) for row in rows]
+    return ["{:28}{:16}{:13}{}".format(*row) for row in rows]
 
 
 def settings(args):

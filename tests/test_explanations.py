@@ -44,10 +44,9 @@ class FirstStep:
     def moved(self, name, step):
         """How far I_int moves when `step` times a small rate is taken from a weight."""
         p, before, rate = getattr(self.circuit, name), self.circuit(self.x), 1e-6
-        usual = p.clone()
         p.sub_(rate * step)
         after = self.circuit(self.x)
-        p.copy_(usual)
+        p.add_(rate * step)
         return ((after - before).norm() / rate).item()
 
 

@@ -107,9 +107,11 @@ def test_a_signal_in_the_middle_of_an_epoch(how, calm):
         status, said = ended(*command)
         assert status == 2 and said.count("\n") == 1 and "error: r is in use: another process" in said
     assert ended("--eval", "r")[0] == 0  # which only reads
-    while process.is_alive():  # again and again: in a step, in saving, and as the interpreter ends
-        os.kill(process.pid, how)
-        time.sleep(0.02)
+    with pytest.raises(ProcessLookupError):  # it has ended
+        while True:  # again and again: in a step, in saving, and as the interpreter ends
+            os.kill(process.pid, how)
+            time.sleep(0.02)
+    process.join()
     step = Run("r").load()["step"]
     assert process.exitcode in (-how, 128 + how) and (step % STEPS == 0) == killed
     assert ended("--resume", "r")[0] == 0 and end("r") == calm  # the lock went with it

@@ -174,7 +174,6 @@ def test_gain_is_flat_with_division_and_rises_without(suite):
     dataset, net = trained(suite)
     x = data.to_input(dataset.test_x)
     rate = net.encoder.stages[0](x.expand(2, *x.shape)).mean().item()
-    # both currents are linear in the image, hence their quotient is the same at any contrast
     divided = found_in(rows, "firing_rate", condition="divisive inhibition", layer="1")
     assert divided == pytest.approx([rate] * 11, rel=0.02)
     without = found_in(rows, "firing_rate", condition="its mean instead", layer="1")
