@@ -6,7 +6,6 @@ Each subcommand writes a PNG, a PDF, and the numbers of the figure as a CSV. Ora
 import contextlib
 import copy
 import sys
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib.figure
@@ -300,7 +299,7 @@ def moved_by_a_step(network, x, y):
 
 
 def draw_learning(args, runs):
-    """What a step moves in the currents at initialisation, and the maps that hardly or mostly fire after training."""
+    """What a step moves in the currents at initialisation (the CSV has all), and maps that hardly or mostly fire."""
     there = {run.config["kind"] for run in runs.found}
     picked = {kind: runs.pick(kind=kind) for kind in ("ei", "homeostasis", "bn") if kind in there}
     kinds = list(side_by_side(picked or dict(ei=runs.pick(kind="ei")), lambda run: run))
@@ -319,7 +318,7 @@ def draw_learning(args, runs):
         right.plot(by, np.sum([*found.values()], 0), label=NAMES.get(kind, kind), **style)
         if circuits(before):
             found |= moved_by_a_step(before, *data.first_batch(run.config, dataset))
-            for (part, distances), look in zip([*found.items()][2:], cycle(STYLES), strict=False):
+            for (part, distances), look in zip([*found.items()][2:], STYLES, strict=False):
                 name, _, of = part.partition(", ")
                 axis.plot(by, distances, label=f"{symbol(name)} {of}", **look)
             axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step")
@@ -327,7 +326,7 @@ def draw_learning(args, runs):
         rows += long_rows("value", list(found.values()), kind=[kind], quantity=found, layer=by)
         by_layer(axis, len(rates))
     by_layer(right, len(rates))
-    right.set(title="firing in < 1 % or > 50 %", ylabel="maps (%)", ylim=(-3, 103))
+    right.set(title="fire < 1 % or > 50 %", ylabel="maps (%)", ylim=(-3, 103))
     right.legend()
     save(figure, "learning", rows, args.out, legend=left[0])
 
