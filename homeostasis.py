@@ -14,7 +14,7 @@ at 0 and 1, which E-I Init makes true of a layer roughly, not of each map.
 
 In training a batch norm divides by the statistics of the batch at hand. Here, forward, samples of a batch meet in the
 slow averages alone, of which this batch is a tenth. Backward, the gradient is that of a batch norm: the part of an
-error that would move or stretch the whole map is left out, for homeostasis would only undo it.
+error that would move or stretch the whole map is left out.
 
 The mean in the divisor is a wider pool of interneurons (a normalization pool: Carandini and Heeger, 2012). Without it,
 a position that hardly a neuron drives is divided by nearly nothing, and a few such positions hold much of the variance

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ei_init import ei_init, initialize
-from model import build, circuits, layers
+from model import KINDS, build, circuits, layers
 from support import data, measure, plots, recipes
 from support import runs as stored
 from support.fast import keep_memory
@@ -238,7 +238,7 @@ def draw_ablation(args, runs):
 
 def draw_representation(args, runs):
     """Distributions of I_int and u before and after the training, and the last layer's firing rates in the plane."""
-    run, dataset, networks = networks_of(runs, kinds=(*NAMES, "homeostasis"))
+    run, dataset, networks = networks_of(runs, kinds=KINDS)
     x, y = data.sample(dataset, run.config["T"])
     y = y.cpu().numpy()
     n = len(layers(networks[AFTER]))
@@ -321,8 +321,7 @@ def draw_learning(args, runs):
             for (part, distances), look in zip([*found.items()][2:], STYLES, strict=False):
                 name, _, of = part.partition(", ")
                 axis.plot(by, distances, label=f"{symbol(name)} {of}", **look)
-            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step")
-            axis.set_ylim(bottom=1e-5)
+            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step", ylim=(1e-5, None))
         rows += long_rows("value", list(found.values()), kind=[kind], quantity=found, layer=by)
         by_layer(axis, len(rates))
     by_layer(right, len(rates))
