@@ -42,7 +42,7 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def parse(argv=None):
     p = recipes.Parser(prog="reproduce.py", description="Train all that the paper's figures need.")
     p.add_argument("--suite", nargs="+", choices=SUITES, default=["paper"], help="which runs (paper)")
-    p.add_argument("--seeds", type=recipes.count, default=1, help="E-I, BN-SNN and DANN with so many seeds from 0 (1)")
+    p.add_argument("--seeds", type=recipes.count, default=1, help="how many, of E-I, BN-SNN, DANN, any homeostasis (1)")
     p.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them at the end (yes)")
     p.add_argument("--out", type=recipes.folder, default="runs", help="folder of all runs, table and figures (runs)")
     recipes.add_settings(p)
@@ -62,8 +62,9 @@ def plan(args):
     if differing := {key for own in chosen for key in own if getattr(args, key) is not None}:
         name = min(differing).replace("_", "-")
         raise ValueError(f"--suite {' '.join(args.suite)} chooses --{name} itself: leave it out")
+    compared = SUITES["rivals"] + SUITES["homeostasis"] * ("homeostasis" in args.suite)
     for seed in range(1, args.seeds):
-        chosen += [own | dict(seed=seed) for own in SUITES["rivals"]]
+        chosen += [own | dict(seed=seed) for own in compared]
     given = {k: v for k, v in vars(args).items() if k not in ("suite", "seeds", "figures")}
     configs = []
     for own in chosen:

@@ -21,7 +21,7 @@ from support.fast import keep_memory
 from support.parallel import pick_device
 from support.plots import EXC, GREY, INH, STYLES, by_epoch, by_layer, long_rows, panels, save, symbol
 
-NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN")
+NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN", homeostasis="homeostasis")
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 
 
@@ -205,9 +205,16 @@ def side_by_side(runs, take):
     return found
 
 
+def of_kinds(runs, kinds, take):
+    """`side_by_side` of the runs of these kinds of network, as far as there are any, kind -> take(run)."""
+    there = {run.config["kind"] for run in runs.found}
+    picked = {kind: runs.pick(kind=kind) for kind in kinds if kind in there}
+    return side_by_side(picked or dict(ei=runs.pick(kind="ei")), take)
+
+
 def draw_curves(args, runs):
     """Training loss and test accuracy by epoch: the E-I SNN and its rivals."""
-    found, rows = side_by_side({kind: runs.pick(kind=kind) for kind in NAMES}, stored.metrics), []
+    found, rows = of_kinds(runs, NAMES, stored.metrics), []
     figure, [[left, right]] = panels(2.5, 1, 2)
     for (kind, epochs), style in zip(found.items(), STYLES, strict=False):
         by = [row["epoch"] for row in epochs]
@@ -300,9 +307,7 @@ def moved_by_a_step(network, x, y):
 
 def draw_learning(args, runs):
     """What a step moves in the currents at initialisation (the CSV has all), and maps that hardly or mostly fire."""
-    there = {run.config["kind"] for run in runs.found}
-    picked = {kind: runs.pick(kind=kind) for kind in ("ei", "homeostasis", "bn") if kind in there}
-    kinds = list(side_by_side(picked or dict(ei=runs.pick(kind="ei")), lambda run: run))
+    kinds = list(of_kinds(runs, ("ei", "homeostasis", "bn"), lambda run: run))
     divided = [kind for kind in kinds if kind != "bn"] or ["ei"]
     figure, [[*left, right]] = panels(2.8, 1, len(divided) + 1)
     rows = []
@@ -315,13 +320,13 @@ def draw_learning(args, runs):
         found = dict(hardly=[100 * (rate < 0.01).float().mean().item() for rate in rates])
         found["mostly"] = [100 * (rate > 0.5).float().mean().item() for rate in rates]
         by = range(1, len(rates) + 1)
-        right.plot(by, np.sum([*found.values()], 0), label=NAMES.get(kind, kind), **style)
+        right.plot(by, np.sum([*found.values()], 0), label=NAMES[kind], **style)
         if circuits(before):
             found |= moved_by_a_step(before, *data.first_batch(run.config, dataset))
             for (part, distances), look in zip([*found.items()][2:], STYLES, strict=False):
                 name, _, of = part.partition(", ")
                 axis.plot(by, distances, label=f"{symbol(name)} {of}", **look)
-            axis.set(title=NAMES.get(kind, kind), yscale="log", ylabel="moved by a step", ylim=(1e-5, None))
+            axis.set(title=NAMES[kind], yscale="log", ylabel="moved by a step", ylim=(1e-5, None))
         rows += long_rows("value", list(found.values()), kind=[kind], quantity=found, layer=by)
         by_layer(axis, len(rates))
     by_layer(right, len(rates))

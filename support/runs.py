@@ -385,9 +385,9 @@ class Runs:
             said = " ".join(f"{key}={value}" for key, value in (self.given | method).items())
             raise ValueError(f"{self.folder} has no run with {said}: reproduce.py trains it, with the others' options")
         best = max(fitting, key=lambda run: sum(run.config[key] == value for key, value in WHAT.items()))
-        if len(fitting) > 1:
-            print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
         if best not in self.said:
             self.said.append(best)
+            if len(fitting) > 1:
+                print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
             best.say_other_equations()
         return best

@@ -114,7 +114,7 @@ def test_init_needs_no_run(suite, tmp_path):
 
 def test_curves(suite):
     rows = draw("curves", suite)
-    assert [row["kind"] for row in rows] == ["ei", "bn", "plain", "dann"]
+    assert [row["kind"] for row in rows] == ["ei", "bn", "plain", "dann", "homeostasis"]
     (metrics,) = numbers(run_of(suite, "bn") / "metrics.csv")
     assert all(rows[1][name] == metrics[name] for name in ("epoch", "train_loss", "test_loss", "test_accuracy"))
 
@@ -296,12 +296,12 @@ def test_the_run_is_chosen_by_its_settings(suite, tmp_path, capsys, no_pictures,
 
 
 def test_all_says_what_is_missing(suite, tmp_path, capsys, no_pictures, monkeypatch):
-    monkeypatch.setattr(visualize, "FIGURES", {name: visualize.FIGURES[name] for name in ("curves", "evolution")})
+    monkeypatch.setattr(visualize, "FIGURES", {name: visualize.FIGURES[name] for name in ("ablation", "evolution")})
     monkeypatch.setattr(stored, "histograms", lambda run: np.ones((2, 3, 2, 120)))
     alone = copy(run_of(suite), tmp_path / "my runs" / "ei")
     assert visualize.main(["all", str(alone)]) == 0
     out = capsys.readouterr().out
-    assert f"curves: not drawn. {alone} has no run with kind=bn" in out
+    assert f"ablation: not drawn. {alone} has no run with kind=ei eps=adaptive ste=False" in out
     assert f"evolution: {alone / 'figures'}" in out
 
 
