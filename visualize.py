@@ -25,7 +25,7 @@ NAMES = dict(ei="E-I SNN", bn="BN-SNN", plain="plain SNN", dann="DANN", homeosta
 BEFORE, ANEW, AFTER = "at initialisation", "E-I Init with these data", "after training"
 
 
-def networks_of(runs, end=False, kinds=("ei", "dann"), **wanted):
+def networks_of(runs, end=False, kinds=("ei", "homeostasis", "dann"), **wanted):
     """The run to draw, its dataset, and its network at initialisation and after training: a dict.
 
     The initialisation is drawn again from the run's seed; on another kind of device it is another draw. end: as the
@@ -163,7 +163,7 @@ def stabilization(model, batches, variants):
 
 def draw_stabilizer(args, runs):
     """Where I_div is 0, and what each stabilization does to the gradient, before the training and at its end."""
-    run, dataset, networks = networks_of(runs, end=True)
+    run, dataset, networks = networks_of(runs, end=True, kinds=("ei", "dann"))
     variants = {"adaptive": ("adaptive", True), "adaptive, no STE": ("adaptive", False)}
     variants.update({f"\u03b5={eps}": (float(eps), True) for eps in ("1e-4", "1e-6", "1e-8")})
     variants, rows = with_own(variants, networks[AFTER]), []
@@ -425,7 +425,7 @@ def contrast_response(model, x, contrasts):
 
 def draw_gain(args, runs):
     """Contrast response of each layer of the trained network: what PV+ divisive inhibition is for."""
-    run, dataset, networks = networks_of(runs)
+    run, dataset, networks = networks_of(runs, kinds=("ei", "dann"))
     contrasts = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     x, _ = data.sample(dataset, run.config["T"], 64)
     responses = contrast_response(networks[AFTER], x, contrasts)  # (2, contrasts, layers)
