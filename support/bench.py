@@ -1,37 +1,38 @@
 """Speed and memory: `python -m support.bench` measures training steps and forward passes side by side in one process.
 
-plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`. bn and dann: the rivals,
-accelerated too; DANN has no time, T = 1. bf16: as with `--precision bf16`. graph: as `train.py` does on a GPU, with the
-training step recorded. authors, authors bn: with --authors DIR, a checkout of their repository.
+plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`, of which the step is.
+homeostasis, bn and dann: the other kinds, accelerated too; DANN has no time, T = 1. bf16: as with `--precision bf16`.
+graph: the training step is recorded, as on a GPU. authors, authors bn: theirs, of a checkout that --authors DIR names.
 A ratio to `fast` is the median of the rounds' ratios, so that what disturbs the machine for a while disturbs both.
 `plain` and the authors' networks run with the C library's usual memory management, the others with `fast.keep_memory`.
 """
 
 import copy
+import os
 import sys
 import time
 from itertools import accumulate
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 
 from ei_init import initialize
-from inhibition import clamp_dale
 from model import ARCHS, build
 from support.fast import Recorded, accelerate, keep_memory, use_bfloat16
 from support.official import SGD, theirs_like
 from support.parallel import pick_device
 from support.recipes import Parser, count, folder, positive, status
+from train import train_step
 
 
 def networks(x, arch, T, authors=None):
     """What is measured: name -> network, on the device of the images x. The E-I networks have the same weights."""
-    plain = build(arch, T=T).to(x.device)
+    plain, homeostasis = (build(arch, kind=kind, T=T).to(x.device) for kind in ("ei", "homeostasis"))
     initialize(plain, x)
-    ours = dict(fast=copy.deepcopy(plain), bn=build(arch, kind="bn", T=T), dann=build(arch, kind="dann", T=1))
+    initialize(homeostasis, x)
+    ours = dict(fast=copy.deepcopy(plain), homeostasis=homeostasis, bn=build(arch, kind="bn", T=T))
     forms = dict(plain=plain)
-    for name, net in ours.items():
+    for name, net in (ours | dict(dann=build(arch, kind="dann", T=1))).items():
         accelerate(net.to(x.device), x)
         forms[name] = net
         forms[f"{name} bf16"] = copy.deepcopy(net)
@@ -39,16 +40,6 @@ def networks(x, arch, T, authors=None):
     if authors:
         forms |= {"authors": theirs_like(plain, authors), "authors bn": theirs_like(plain, authors, bn=True)}
     return forms
-
-
-def train_step(network, optimizer, x, y):
-    """As in `train.py`, but the loss is not looked at."""
-    loss = F.cross_entropy(network(x), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    clamp_dale(network)
-    return [loss.detach()]
 
 
 class Contender:
@@ -80,6 +71,7 @@ def peak_memory(work, device):
         return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     if device.type != "cpu":
         return float("nan")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports on itself
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -134,7 +126,7 @@ def run(argv):
     x = torch.rand(args.batch_size, 3, 32, 32, device=device)
     contenders = {name: Contender(net, x) for name, net in networks(x, args.arch, args.T, args.authors).items()}
     if device.type == "cuda":
-        ours = [name for name in contenders if name.startswith(("fast", "bn", "dann"))]
+        ours = [name for name in contenders if not name.startswith(("plain", "authors"))]
         contenders |= {f"{n} graph": Contender(copy.deepcopy(contenders[n].model), x, graph=True) for n in ours}
     print(f"{args.arch}, batch {args.batch_size}, T = {args.T}, {device}, {torch.get_num_threads()} CPU threads")
     show(contenders, measure(contenders, args.seconds, device), device)

@@ -7,7 +7,7 @@ from model import build
 from support import bench
 
 CPU, ARGV = torch.device("cpu"), ["--batch-size", "4", "--T", "2", "--device", "cpu"]
-FORMS = ["plain", "fast", "fast bf16", "bn", "bn bf16", "dann", "dann bf16"]
+FORMS = "plain,fast,fast bf16,homeostasis,homeostasis bf16,bn,bn bf16,dann,dann bf16".split(",")
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,8 @@ def test_a_run_prints_every_form(capsys):
     assert bench.main([*ARGV, "--seconds", "1e-9"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("vgg8, batch 4, T = 2, cpu, ") and lines[1].startswith("1 rounds: median")
-    assert [line[:16].strip() for line in lines[4:11]] == FORMS
-    assert all(int(line.split()[-1]) >= 1 for line in lines[4:11]) and "1.00" not in lines[5]
+    assert [line[:16].strip() for line in lines[4:13]] == FORMS
+    assert all(int(line.split()[-1]) >= 1 for line in lines[4:13]) and "1.00" not in lines[5]
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios(capsys):
