@@ -42,7 +42,7 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def parse(argv=None):
     p = recipes.Parser(prog="reproduce.py", description="Train all that the paper's figures need.")
     p.add_argument("--suite", nargs="+", choices=SUITES, default=["paper"], help="which runs (paper)")
-    p.add_argument("--seeds", type=recipes.count, default=1, help="how many, of E-I, BN-SNN, DANN, any homeostasis (1)")
+    p.add_argument("--seeds", type=recipes.count, default=1, help="from 0, of E-I, BN-SNN, DANN, homeostasis (1)")
     p.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them at the end (yes)")
     p.add_argument("--out", type=recipes.folder, default="runs", help="folder of all runs, table and figures (runs)")
     recipes.add_settings(p)
@@ -62,7 +62,9 @@ def plan(args):
     if differing := {key for own in chosen for key in own if getattr(args, key) is not None}:
         name = min(differing).replace("_", "-")
         raise ValueError(f"--suite {' '.join(args.suite)} chooses --{name} itself: leave it out")
-    compared = SUITES["rivals"] + SUITES["homeostasis"] * ("homeostasis" in args.suite)
+    compared = [own for own in chosen if own in SUITES["rivals"] + SUITES["homeostasis"]]
+    if args.seeds > 1 and not compared:
+        raise ValueError("--seeds is for the suites paper, rivals and homeostasis")
     for seed in range(1, args.seeds):
         chosen += [own | dict(seed=seed) for own in compared]
     given = {k: v for k, v in vars(args).items() if k not in ("suite", "seeds", "figures")}
@@ -145,7 +147,7 @@ def row_of(result):
     cifar10 = data_of["classes"] == CIFAR10 and data_of["train"].startswith("50000 ")
     full = config == config | recipes.FULL | dict(kind=config["kind"], plan="")
     known = AUTHORS.get(tuple(names), "-") if full and cifar10 else "-"
-    names += [config["plan"]] * bool(config["plan"])
+    names += [config["plan"]] * bool(config["plan"]) + [config["precision"]] * (config["precision"] != "float32")
     names += [f"eps={config['eps']}"] * (config["eps"] != "adaptive") + ["no STE"] * (not config["ste"])
     names += ["no scaling"] * (not config["grad_scaling"]) + ["Kaiming"] * (config["init"] != "ei")
     last, best, seconds = "-", "-", 0.0
@@ -176,8 +178,8 @@ def command(args):
         write_atomically(args.out / "table.md", ("\n".join(lines) + "\n").encode())
         print("\n" + "\n".join(lines) + "\n")
     if args.figures:
-        config = plan(args)[0]
-        chosen = [f"--{key.replace('_', '-')}={config[key]}" for key in ("data", "arch", "width", "seed", "data_root")]
+        config, alike = plan(args)[0], ("data", "data_root", "arch", "plan", "width", "seed", "precision")
+        chosen = [f"--{key.replace('_', '-')}={config[key]}" for key in alike]
         status = visualize.main(["all", str(args.out), "--out", str(args.out / "figures"), *chosen])
     for line in failed:
         print(f"not trained: {line}")

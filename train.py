@@ -161,7 +161,7 @@ def test_run(args, device):
     print("\n".join(cost_table(model, sample)))
     if config["kind"] == "bn":
         return 0
-    rival = run.folder.resolve().with_name(recipes.run_name(config | recipes.FULL | dict(kind="bn", ei_ratio=4)))
+    rival = run.folder.resolve().with_name(recipes.run_name(run.config | recipes.FULL | dict(kind="bn", ei_ratio=4)))
     if not (rival / "best.pt").exists():
         print(f"no BN-SNN with a finished epoch beside it: it would be in {rival}, with the same data and network")
         return 0

@@ -206,10 +206,14 @@ def side_by_side(runs, take):
 
 
 def of_kinds(runs, kinds, take):
-    """`side_by_side` of the runs of these kinds of network, as far as there are any, kind -> take(run)."""
-    there = {run.config["kind"] for run in runs.found}
-    picked = {kind: runs.pick(kind=kind) for kind in kinds if kind in there}
-    return side_by_side(picked or dict(ei=runs.pick(kind="ei")), take)
+    """`side_by_side` of a run of each of these kinds of network, as far as there is one: kind -> take(run)."""
+    picked = {}
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            picked[kind] = runs.pick(kind=kind)
+    if not picked:
+        raise ValueError(f"{runs.folder} has no run with kind={' or '.join(kinds)} and these settings")
+    return side_by_side(picked, take)
 
 
 def draw_curves(args, runs):
@@ -307,7 +311,7 @@ def moved_by_a_step(network, x, y):
 
 def draw_learning(args, runs):
     """What a step moves in the currents at initialisation (the CSV has all), and maps that hardly or mostly fire."""
-    kinds = list(of_kinds(runs, ("ei", "homeostasis", "bn"), lambda run: run))
+    kinds = list(of_kinds(runs, ("ei", "homeostasis", "bn"), lambda run: run.load(stored.BEST)["epoch"]))
     divided = [kind for kind in kinds if kind != "bn"] or ["ei"]
     figure, [[*left, right]] = panels(2.8, 1, len(divided) + 1)
     rows = []

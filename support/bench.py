@@ -1,7 +1,7 @@
 """Speed and memory: `python -m support.bench` measures training steps and forward passes side by side in one process.
 
-plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`, of which the step is.
-homeostasis, bn and dann: the other kinds, accelerated too; DANN has no time, T = 1. bf16: as with `--precision bf16`.
+plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`. homeostasis, bn and dann:
+other kinds, accelerated too; DANN has no time, T = 1, and is not clipped here. bf16: as with `--precision bf16`.
 graph: the training step is recorded, as on a GPU. authors, authors bn: theirs, of a checkout that --authors DIR names.
 A ratio to `fast` is the median of the rounds' ratios, so that what disturbs the machine for a while disturbs both.
 `plain` and the authors' networks run with the C library's usual memory management, the others with `fast.keep_memory`.
@@ -15,18 +15,20 @@ from itertools import accumulate
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from ei_init import initialize
+from homeostasis import conserve_synapses
+from inhibition import clamp_dale
 from model import ARCHS, build
 from support.fast import Recorded, accelerate, keep_memory, use_bfloat16
 from support.official import SGD, theirs_like
 from support.parallel import pick_device
 from support.recipes import Parser, count, folder, positive, status
-from train import train_step
 
 
 def networks(x, arch, T, authors=None):
-    """What is measured: name -> network, on the device of the images x. The E-I networks have the same weights."""
+    """What is measured: name -> network, on the device of the images x. `plain`, `fast` and `authors` start equal."""
     plain, homeostasis = (build(arch, kind=kind, T=T).to(x.device) for kind in ("ei", "homeostasis"))
     initialize(plain, x)
     initialize(homeostasis, x)
@@ -40,6 +42,17 @@ def networks(x, arch, T, authors=None):
     if authors:
         forms |= {"authors": theirs_like(plain, authors), "authors bn": theirs_like(plain, authors, bn=True)}
     return forms
+
+
+def train_step(network, optimizer, x, y):
+    """As in `train.py`, but no number is looked at."""
+    loss = F.cross_entropy(network(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    with conserve_synapses(network):
+        optimizer.step()
+        clamp_dale(network)
+    return [loss.detach()]
 
 
 class Contender:

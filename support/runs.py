@@ -210,7 +210,7 @@ class Run:
                 raise ValueError(f"it is no {name}")
             return state
         except FileNotFoundError:
-            said = f"there is no {path}: it is written after an epoch"
+            said = f"there is no {path}: it is written after an epoch, and not kept in results/"
         except Exception as error:  # a foreign file fails in many ways
             said = f"{path} cannot be used ({' '.join(str(error).split()).partition('. ')[0][:300]})"
         if name != CHECKPOINT or not (self.folder / PREVIOUS).exists():
@@ -377,7 +377,8 @@ class Runs:
 
     def pick(self, **wanted):
         """The run with these settings, else the paper's; if none is said, the only one. Names other equations once."""
-        method = {key: self.given.get(key, value) for key, value in FULL.items()} | wanted
+        lacks = LACKS[wanted.get("kind", self.given.get("kind", "ei"))]
+        method = {key: self.given.get(key, value) for key, value in FULL.items() if key not in lacks} | wanted
         fitting = [run for run in self.found if method.items() <= run.config.items()]
         alone = len(self.found) == 1 and wanted.items() <= self.found[0].config.items()
         fitting = self.found if alone else fitting

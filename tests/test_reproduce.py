@@ -125,8 +125,10 @@ def test_which_runs_there_are(monkeypatch):
 
     names = [reproduce.recipes.run_name(config) for config in runs("--suite paper depth")]
     assert len(runs("")) == 12 and names[0] == "digits-vgg8-ei-seed0" and "digits-vgg19-bn-seed0" in names
-    assert [len(runs(f"--seeds 3 --suite {s}")) for s in ("paper", "rivals", "rivals homeostasis")] == [18, 9, 12]
+    assert [len(runs(f"--seeds 3 --suite {s}")) for s in ("paper", "rivals", "homeostasis")] == [18, 9, 3]
     assert len(names) == 12 + 2 * len(reproduce.ARCHS[2:]) and len(runs("--suite paper rivals")) == 12  # each once
+    with pytest.raises(ValueError, match="^--seeds is for the suites"):
+        runs("--suite depth --seeds 2")
     wide = runs("--width 0.5 --epochs 20 --data folder")
     assert all(config["width"] == 0.5 and config["epochs"] == 20 for config in wide)
     assert {config["lr"] for config in wide} == {0.002, 0.1, 0.02}  # each has the recipe of its own kind
