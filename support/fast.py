@@ -258,14 +258,6 @@ def checksum(tree):
     return hashlib.sha256(repr(normal_form(tree)).encode()).hexdigest()[:12]
 
 
-def same_code(a, b):
-    """Whether two code objects do the same; where they stand in a file does not count."""
-    if (a.co_code, a.co_names, len(a.co_consts)) != (b.co_code, b.co_names, len(b.co_consts)):
-        return False
-    pairs = zip(a.co_consts, b.co_consts, strict=True)
-    return all(same_code(c, d) if isinstance(c, CodeType) else repr(c) == repr(d) for c, d in pairs)
-
-
 @lru_cache
 def definitions(text):
     """The functions in the text of a file: (name, first line) -> (syntax tree, code)."""
@@ -293,7 +285,7 @@ def fingerprint(function):
         return None
     decorated = any(getattr(decorator, "id", "") != "staticmethod" for decorator in tree.decorator_list)
     wrapped = function is not loaded and not decorated
-    return checksum(tree) if same_code(code, loaded.__code__) and not wrapped else None
+    return checksum(tree) if code == loaded.__code__ and not wrapped else None
 
 
 MODULES = (torch, F, nn, math)  # which the concept files use; another one under such a name is an edit

@@ -1,6 +1,5 @@
 """Looking into a network, which nothing here changes: testing it, neurons and operations, currents, zeros of I_div."""
 
-import threading
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,8 +11,6 @@ from baselines import DANN
 from inhibition import EICircuit
 from model import layers
 from support import data, parallel
-
-LOCK = threading.RLock()  # two threads may look into one network: one after the other
 
 
 @contextmanager
@@ -48,7 +45,7 @@ def evaluate(model, x, y, batch_size=100):
     if not is_finite(model):
         sums[0] = torch.nan  # a potential that is NaN is no spike, so the logits may be finite
     batches = zip(parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True)
-    with LOCK, hooked(model, [m.register_forward_hook(partial(count, i=i)) for i, m in enumerate(layers(model))]):
+    with hooked(model, [m.register_forward_hook(partial(count, i=i)) for i, m in enumerate(layers(model))]):
         for images, labels in batches:
             logits = model(data.to_input(images).to(next(model.parameters()))).float()
             sums[0] += F.cross_entropy(logits, labels, reduction="sum")
@@ -76,7 +73,7 @@ def first_nonfinite(model, x, y):
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hooks = [module.register_forward_hook(partial(check, name=n)) for n, module in model.named_modules() if n]
-    with LOCK, hooked(model, hooks, training=True):
+    with hooked(model, hooks, training=True):
         loss = F.cross_entropy(model(x), y)
         if found or not loss.isfinite():
             return [*found, "loss"][0]
@@ -130,7 +127,7 @@ def costs(model, x):
 
     counted = [*(layer.circuit for layer in layers(model)), model.readout]
     hooks = [module.register_forward_hook(count) for module in counted]
-    with LOCK, hooked(model, hooks + [layer.register_forward_hook(fire) for layer in layers(model)]):
+    with hooked(model, hooks + [layer.register_forward_hook(fire) for layer in layers(model)]):
         model(x)
     return rows
 
@@ -181,7 +178,7 @@ def observe(model, x, see):
         see(i, args[0], u, spikes)
 
     neurons = [layer.neuron for layer in layers(model)]
-    with LOCK, hooked(model, [neuron.register_forward_hook(partial(hook, i=i)) for i, neuron in enumerate(neurons)]):
+    with hooked(model, [neuron.register_forward_hook(partial(hook, i=i)) for i, neuron in enumerate(neurons)]):
         model(x)
 
 

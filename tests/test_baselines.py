@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from baselines import DANNCircuit, DANNCircuit2d, bn_conv, bn_dense, plain_conv, plain_dense
-from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
 from model import build
 
@@ -12,24 +11,6 @@ from model import build
 def rectified(*shape):
     """What a layer of rectifiers sends on when its pre-activation is normalized."""
     return torch.randn(*shape).relu()
-
-
-@torch.no_grad()
-def test_dann_starts_centred_and_scaled():
-    # Its constants give I_EE the variance 1, and divide by 1. What is left after the subtraction has the part
-    # E[x^2] / (E[x^2] + Var[x]) of it: the part that I_EE and I_sub share, the summed input, is gone.
-    z = torch.stack([DANNCircuit(500, 400)(rectified(50, 500)) for _ in range(30)])
-    assert abs(z.mean().item()) < 0.05
-    assert z.var().item() == pytest.approx(math.pi / (2 * math.pi - 1), abs=0.05)
-
-
-@torch.no_grad()
-def test_dann_divides_by_the_standard_deviation_of_the_excitation():
-    circuit, x = DANNCircuit(2000, 400), rectified(200, 2000)
-    currents = circuit.currents(x)
-    assert currents["i_div"].mean().item() == pytest.approx(1, abs=0.05)
-    assert currents["i_ee"].std().item() == pytest.approx(1, abs=0.1)
-    assert torch.equal(circuit.w_ei, torch.full((400, 100), 1 / 100))
 
 
 @torch.no_grad()
@@ -98,15 +79,11 @@ def test_dann_keeps_dale_s_law_and_leaves_alpha_free():
     assert all((p == (-1 if name in ("alpha", "b_e") else 0)).all() for name, p in circuit.named_parameters())
 
 
-def test_dann_is_not_touched_by_ei_init_and_has_no_spikes():
-    model = build("vgg8", in_channels=1, T=3, kind="dann", width=0.25)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    x = torch.rand(4, 1, 32, 32)
-    initialize(model, x)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    once = build("vgg8", in_channels=1, T=1, kind="dann", width=0.25)
+def test_in_dann_nothing_depends_on_time():
+    model, once = (build("vgg8", in_channels=1, T=T, kind="dann", width=0.25) for T in (3, 1))
     once.load_state_dict(model.state_dict())
-    torch.testing.assert_close(once(x), model(x), rtol=1e-4, atol=1e-4)  # nothing depends on time
+    x = torch.rand(4, 1, 32, 32)
+    torch.testing.assert_close(once(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_bn_normalizes_over_time_samples_and_positions():
@@ -122,8 +99,6 @@ def test_sizes_strides_and_weights_of_the_rivals(make):
     conv = layer[0] if make is bn_conv else layer
     assert layer(torch.rand(2, 64, 9, 9)).shape == (2, 128, 5, 5)
     assert make(4, 8, 3)(torch.rand(2, 4, 5, 5)).shape == (2, 8, 3, 3)
-    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
-    assert conv.weight.mean().abs() < 0.001 and (conv.weight < 0).any()
     torch.manual_seed(3)
     torch.nn.Conv2d(64, 128, 3, bias=make is plain_conv)  # its own initialisation draws first
     assert torch.equal(conv.weight, torch.nn.init.kaiming_normal_(torch.empty(128, 64, 3, 3)))

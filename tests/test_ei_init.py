@@ -58,24 +58,6 @@ def test_deep_networks_are_alive_and_with_kaiming_s_weights_silent(images):
     assert ((stds > 0.3) & (stds < 1.6)).all() and (rates > 0.01).all(), (stds, rates)
 
 
-def test_the_gain_is_the_paper_s_for_bernoulli_spikes():
-    p, d = 0.2, 300
-    circuit = EICircuit(d, 40)
-    ei_init(circuit, (torch.rand(4000, d) < p).float())
-    assert circuit.g_i[0].item() == pytest.approx(((2 - p) / (d * p)) ** 0.5, rel=0.01)
-
-
-def test_static_images_count_at_every_time_step():
-    batch = torch.rand(3, 1, 32, 32)
-    image, frames = (build("vgg8", in_channels=1, plan=NARROW) for _ in range(2))
-    torch.manual_seed(1)
-    initialize(image, batch)
-    torch.manual_seed(1)
-    initialize(frames, batch.unsqueeze(1).repeat(1, 4, 1, 1, 1))
-    for a, b in zip(image.parameters(), frames.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_is_an_explicit_call():
     model, batch = build("resnet18", in_channels=1, width=0.1), torch.rand(2, 1, 32, 32)
     for call in (lambda: None, lambda: initialize(model, batch)):

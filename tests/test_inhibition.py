@@ -128,21 +128,6 @@ def test_ste_reaches_the_division(kind, ste):
     assert max(relative_error(a, b) for a, b in zip(other, found[0], strict=True)) > 0.01
 
 
-def test_currents_are_the_equations_by_hand():
-    circuit = EICircuit(3, 2)  # one inhibitory neuron
-    with torch.no_grad():
-        for p, value in zip(circuit.parameters(), [
-            [[1.0, 2, 3], [4, 5, 6]], [[1.0, 1, 0]], [[1.0], [0.5]], [2.0], [1.0, 3.0], [0.0, 1]
-        ], strict=True):  # fmt: skip
-            p.copy_(torch.tensor(value))
-    got = circuit.currents(torch.tensor([[1.0, 0.5, 0]]))
-    assert got["i_ee"].tolist() == [[2, 6.5]]
-    assert got["i_ie"].tolist() == [[1.5]]
-    assert got["i_sub"].tolist() == [[1.5, 0.75]]
-    assert got["i_div"].tolist() == [[3, 1.5]]
-    assert got["i_int"][0].tolist() == pytest.approx([0.5 / 3, 3 * 5.75 / 1.5 + 1])
-
-
 @pytest.mark.parametrize("kind", ["dense", "2d"])
 def test_shapes_are_those_of_the_design(kind):
     circuit = EICircuit2d(3, 10, 3) if kind == "2d" else EICircuit(27, 10)

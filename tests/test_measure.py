@@ -1,7 +1,5 @@
 """What `support/measure.py` reports of a network, counted another way."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from lif import LIF, Spike
 from model import build, circuits, layers
 from support import data, measure
 from support.fast import accelerate
-from support.measure import costs, evaluate, first_nonfinite, histogram, observe, population
+from support.measure import costs, first_nonfinite, histogram, observe, population
 from visualize import contrast_response, currents_of, stabilization
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
@@ -172,14 +170,6 @@ def test_the_potential_is_that_of_the_neuron_as_it_is(own, monkeypatch):
     u, spikes = found
     before = spikes.cumsum(0) - spikes  # how often each neuron has fired until then
     assert torch.equal(spikes, (u >= 1 + 0.5 * before).float()) and before.max() > 1
-
-
-def test_threads_test_one_network():
-    x, y = torch.randint(256, (64, 1, 32, 32), dtype=torch.uint8), torch.randint(10, (64,))
-    net = network(x / 255, [4], kind="bn")  # in training its normalization would go by the batch
-    expected = evaluate(net, x, y, batch_size=4)
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda _: evaluate(net, x, y, batch_size=4), range(4))) == [expected] * 4
 
 
 def test_contrast_response_holds_the_mean_of_i_div():

@@ -9,8 +9,7 @@ from torch.nn.utils import parametrize, prune
 from baselines import DANNCircuit2d
 from ei_init import initialize
 from inhibition import EICircuit, EICircuit2d, clamp_dale
-from lif import LIF
-from model import ARCHS, KINDS, PLANS, AvgPool, Layer, build, circuits, layers
+from model import ARCHS, KINDS, PLANS, AvgPool, build, circuits, layers
 from support.fast import accelerate
 
 NARROW = [16, "P", 16, "P", 32, "P", 32, "P", 32, "P"]
@@ -184,15 +183,6 @@ def test_width_multiplies_the_maps_and_leaves_at_least_4():
         assert [c.n_e for c in circuits(build("vgg8", plan=[2, "P", 3]))] == [2, 3, 10]  # a plan is taken as it is
 
 
-def test_the_defaults_are_those_of_the_paper():
-    model = build("vgg8", plan=NARROW)
-    assert (model.T, model.in_channels, model.image_size) == (4, 3, 32) and model.readout.n_e == 10
-    for circuit in circuits(model):
-        assert (circuit.eps, circuit.ste, circuit.grad_scaling) == ("adaptive", True, True)
-        assert circuit.n_i == circuit.n_e // 4
-    assert all((n.tau, n.threshold, n.alpha) == (2, 1, 4) for n in (layer.neuron for layer in layers(model)))
-
-
 @pytest.mark.parametrize("arch", ["vgg8", "resnet18"])
 def test_every_option_reaches_every_layer(arch):
     options = dict(tau=3.0, threshold=0.7, alpha=2.0, ei_ratio=8, eps=1e-3, ste=False, grad_scaling=False)
@@ -222,15 +212,6 @@ def test_kinds_are_what_they_are_called():
         assert type(model.readout) is torch.nn.Linear and model.readout.bias is not None
 
 
-def test_a_layer_merges_time_into_the_batch():
-    layer = Layer(EICircuit2d(2, 8, 3, stride=2, padding=1), LIF(tau=3.0))
-    x = torch.rand(3, 5, 2, 7, 7)
-    out = layer(x)
-    assert out.shape == (3, 5, 8, 4, 4)
-    current = torch.stack([layer.circuit(step) for step in x])
-    torch.testing.assert_close(out, layer.neuron(current))
-
-
 def test_the_logits_are_the_readout_averaged_over_time():
     model = build("vgg8", plan=[4, "P", 8, "P"], in_channels=1, T=3, n_classes=5)
     x = torch.rand(4, 3, 1, 32, 32)
@@ -247,16 +228,6 @@ def test_the_logits_are_the_readout_averaged_over_time():
     assert torch.equal(spikes.flatten(2), features) and spikes.shape == (3, 4, 8, 8, 8)
     # the order of the frames matters
     assert not torch.equal(model(x.flip(1)), logits)
-
-
-@pytest.mark.parametrize("size", [(4, 6), (5, 6), (6, 5), (3, 3)])
-def test_pooling_is_the_mean_of_four(size):
-    x = torch.randn(2, 3, 4, *size)
-    out = AvgPool()(x)
-    assert out.shape == (2, 3, 4, size[0] // 2, size[1] // 2)
-    a, b = 2 * (size[0] // 2), 2 * (size[1] // 2)
-    quarters = [x[..., i:a:2, j:b:2] for i in (0, 1) for j in (0, 1)]
-    torch.testing.assert_close(out, sum(quarters) / 4)
 
 
 def test_the_hook_of_the_docstring():

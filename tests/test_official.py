@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import fails
 
 import train
 from ei_init import initialize
@@ -38,13 +39,6 @@ def mlp(tmp_path):
     initialize(model, torch.rand(20, 1, 8, 8))
     said = dict(dataset="digits", arch="MLP", num_layers=3, T=3, ei_ratio=5, neuron=dict(tau=3, v_threshold=0.5))
     return write(tmp_path / "CIFAR10-VGG8", {k: v.clone() for k, v in official.state_of(model).items()}, **said)
-
-
-def fails(capsys, *arguments, program=train):
-    assert program.main([str(a) for a in arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
 
 
 def test_logits_of_a_checkpoint_and_the_way_back(tmp_path):
@@ -269,7 +263,8 @@ def test_side_by_side_sees_a_difference(stand_in, capsys, old, new):
 
 
 def test_another_program_is_one_line(stand_in, capsys):
-    err = fails(capsys, "--compare", stand_in("return self.layers(x)", "raise KeyError('a') #"), program=official)
+    other = str(stand_in("return self.layers(x)", "raise KeyError('a') #"))
+    err = fails(capsys, "--compare", other, command=lambda *argv: official.main(argv))
     assert "KeyError: 'a'" in err and "is no checkout of" in err
 
 

@@ -127,7 +127,7 @@ def test_which_runs_there_are(monkeypatch):
     assert len(runs("")) == 12 and names[0] == "digits-vgg8-ei-seed0" and "digits-vgg19-bn-seed0" in names
     assert [len(runs(f"--seeds 3 --suite {s}")) for s in ("paper", "rivals", "homeostasis")] == [18, 9, 3]
     assert len(names) == 12 + 2 * len(reproduce.ARCHS[2:]) and len(runs("--suite paper rivals")) == 12  # each once
-    with pytest.raises(ValueError, match="^--seeds is for the suites"):
+    with pytest.raises(ValueError, match=r"^--seeds is for the suites"):
         runs("--suite depth --seeds 2")
     wide = runs("--width 0.5 --epochs 20 --data folder")
     assert all(config["width"] == 0.5 and config["epochs"] == 20 for config in wide)
