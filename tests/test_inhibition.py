@@ -172,7 +172,7 @@ def test_refuses_empty_sizes(sizes):
 
 @pytest.mark.parametrize("eps", [0, 0.0, -1e-8, float("nan"), "adaptiv", ""])
 def test_refuses_an_eps_that_is_none(eps):
-    with pytest.raises(ValueError, match=f"^eps is a positive number or one of adaptive, not {eps!r}$"):
+    with pytest.raises(ValueError, match=f"^eps is a positive number or one of adaptive.*, not {eps!r}$"):
         EICircuit(3, 8, eps=eps)
 
 
@@ -184,7 +184,7 @@ def test_a_new_stabilizer_is_a_line_in_the_table(monkeypatch):
         circuit.w_ei[0] = 0
         circuit.b_e.fill_(0.5)
     torch.testing.assert_close(circuit(x)[0, 0], circuit.w_ee[0] @ x[0] + 0.5)
-    with pytest.raises(ValueError, match="one of adaptive, one, not 'two'"):
+    with pytest.raises(ValueError, match=r"one of adaptive.*, one, not 'two'"):
         EICircuit(3, 8, eps="two")
 
 
