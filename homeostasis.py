@@ -1,5 +1,5 @@
 """Homeostasis. It is not in the paper: an option, with which an E-I network learns nearly as fast as BN-SNN
-(CIFAR-10, VGG-8 of half the width, 20 epochs, one seed: results/learning.md, which says how it was found, too).
+(CIFAR-10, VGG-8 of half the width, 20 epochs, three seeds: results/learning.md, which says how it was found, too).
 
 E-I Init aims at the mean 0 and the standard deviation 1 of I_int, once. After that nothing holds them. In cortex much
 does, slowly: a neuron that fires too much becomes less excitable within hours (intrinsic plasticity), and where some of
