@@ -13,13 +13,14 @@ at 0 and 1, which E-I Init makes true of a layer roughly, not of each map.
     I_int = g_E (q - m) / sqrt(v) + b_E                                       what the LIF neurons receive
 
 In training a batch norm divides by the statistics of the batch at hand. Here, forward, samples of a batch meet in the
-slow averages alone, of which this batch is a tenth. Backward, the gradient is that of a batch norm: the part of an
-error that would move or stretch the whole map is left out.
+slow averages alone, of which this batch, once it is counted, is a tenth. Backward, the gradient is that of a batch
+norm: the part of an error that would move or stretch the whole map is left out.
 
-The mean in the divisor is a wider pool of interneurons (a normalization pool: Carandini and Heeger, 2012). Without it,
-a position that hardly a neuron drives is divided by nearly nothing, and a few such positions hold much of the variance
-of a map. The divisor is 0 in a silent sample only, so the adaptive epsilon and STE change nothing here. Gain control
-stays: with 2 x in place of x, q is the same. But where nothing comes in, I_int is not b_E: q is 0, and q - m is not.
+The mean in the divisor is a wider pool of interneurons (a normalization pool: Carandini and Heeger, 2012). As two
+things of about the same size are added, the quotient is doubled. Without the pool, a position that hardly a neuron
+drives is divided by nearly nothing, and a few such positions hold much of the variance of a map. The divisor is 0 in a
+silent sample only, so the adaptive epsilon and STE change nothing here. Gain control stays: with 2 x in place of x, q
+is the same. But where nothing comes in, I_int is not b_E: q is 0, and q - m is not.
 
 Synaptic normalization: after each step the weights of W_EE and W_IE that lead to one neuron have the sum that they had
 before it. So weight decay pulls them towards their mean, not towards 0. In a training loop of your own, step inside
@@ -63,7 +64,7 @@ class Homeostasis:
             self.mean.lerp_(mean, self.rate)
             self.var.lerp_(inverse**-2, self.rate)
         i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e)  # g_E (q - m) / sqrt(v) + b_E
-        return straight_through(learned, i_int) if self.training else i_int
+        return straight_through(learned, i_int) if self.training else i_int  # its value, the gradient of a batch norm
 
 
 class HomeostaticCircuit(Homeostasis, EICircuit):

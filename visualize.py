@@ -485,13 +485,13 @@ def command(argv):
     p = recipes.Parser(description=__doc__.partition("\n")[0])
     p.add_argument("figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {f.__doc__}" for k, f in FIGURES.items()))
     p.add_argument("runs", nargs="?", default="runs", help="a folder of runs, or one run (runs)")
-    p.add_argument("--out", type=recipes.folder, help="where the figures go (figures; of one run, its own folder)")
+    p.add_argument("--out", type=recipes.folder, help="where they go (figures; of other runs, into their folder)")
     p.add_argument("--batches", type=recipes.count, default=4, help="that the figure stabilizer looks at (4)")
     recipes.add_settings(p.add_argument_group("which of several runs"))
     args = p.parse_args(argv)
     if args.runs != "runs" and not Path(args.runs).is_dir():
         raise ValueError(f"there is no folder {args.runs}")
-    args.out = args.out or Path(args.runs if stored.holds_run(args.runs) else ".", "figures")
+    args.out = args.out or Path("." if args.runs == "runs" else args.runs, "figures")
     runs, status = stored.Runs(args), 2
     for name in FIGURES if args.figure == "all" else [args.figure]:
         try:

@@ -142,7 +142,7 @@ def add_settings(p):
     p.add_argument("--plan", type=lambda text: "-".join(re.findall(r"[^\s,-]+", text)), help='layers, "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: rivals; homeostasis: added (ei)")
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
-    p.add_argument("--data-root", help="where the dataset is or goes (./data)")
+    p.add_argument("--data-root", type=lambda text: folder(text) and text, help="where the dataset is or goes (./data)")
     names = ["auto", *AUGMENTATIONS]
     p.add_argument("--augment", choices=names, help="of training data (auto: the paper's; of a folder none)")
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")

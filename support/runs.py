@@ -389,6 +389,6 @@ class Runs:
         if best not in self.said:
             self.said.append(best)
             if len(fitting) > 1:
-                print(f"of {len(fitting)} such runs {best.folder} is drawn, which has most of the paper's settings")
+                print(f"of {len(fitting)} such runs {best.folder} is drawn, the nearest to the defaults")
             best.say_other_equations()
         return best
