@@ -64,7 +64,7 @@ class Homeostasis:
             self.mean.lerp_(mean, self.rate)
             self.var.lerp_(inverse**-2, self.rate)
         i_int = F.batch_norm(q, self.mean, self.var, self.g_e, self.b_e)  # g_E (q - m) / sqrt(v) + b_E
-        return straight_through(learned, i_int) if self.training else i_int  # its value, the gradient of a batch norm
+        return straight_through(learned, i_int) if self.training else i_int  # value: i_int, gradient: a batch norm's
 
 
 class HomeostaticCircuit(Homeostasis, EICircuit):

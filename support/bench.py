@@ -32,9 +32,10 @@ def networks(x, arch, T, authors=None):
     plain, homeostasis = (build(arch, kind=kind, T=T).to(x.device) for kind in ("ei", "homeostasis"))
     initialize(plain, x)
     initialize(homeostasis, x)
-    ours = dict(fast=copy.deepcopy(plain), homeostasis=homeostasis, bn=build(arch, kind="bn", T=T))
+    ours = dict(fast=copy.deepcopy(plain), homeostasis=homeostasis)
+    ours |= dict(bn=build(arch, kind="bn", T=T), dann=build(arch, kind="dann", T=1))
     forms = dict(plain=plain)
-    for name, net in (ours | dict(dann=build(arch, kind="dann", T=1))).items():
+    for name, net in ours.items():
         accelerate(net.to(x.device), x)
         forms[name] = net
         forms[f"{name} bf16"] = copy.deepcopy(net)

@@ -156,7 +156,7 @@ def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
         (dict(dataset="digits", T=0), "T and image_size are at least 1"),
         (dict(dataset="digits", neuron=dict(tau=0.5)), "tau must be at least 1"),
         (dict(dataset="ImageNet"), "unknown data 'imagenet'"),
-        (dict(dataset="digits", num_layers=9), "arch is one of "),
+        (dict(dataset="digits", num_layers=9), "plain, dann, homeostasis, not 'vgg9', 'ei'"),
         (dict(neuron=dict(v_reset=0.0)), "config.json cannot be used (ValueError: a neuron of {"),
     ):
         write(tmp_path / "x", TENSORS, **config)
