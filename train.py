@@ -36,11 +36,10 @@ def guard_gradients(loss, model):
         Whether they were finite: a tensor (), which is not read here, for that would wait for a GPU.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])  # NaN passes through
-    finite = loss.detach().isfinite() & extremes.isfinite().all()
+    finite = (loss.detach() + torch.nn.utils.get_total_norm(gradients, 1)).isfinite()  # NaN passes through a sum
     if finite.is_cuda or not finite:
         for gradient in gradients:
-            gradient.copy_(torch.where(finite, gradient, 0))
+            gradient.masked_fill_(~finite, 0)
     return finite
 
 

@@ -29,19 +29,18 @@ from support.recipes import Parser, count, folder, positive, status
 
 def networks(x, arch, T, authors=None):
     """What is measured: name -> network, on the device of the images x. `plain`, `fast` and `authors` start equal."""
-    plain, homeostasis = (build(arch, kind=kind, T=T).to(x.device) for kind in ("ei", "homeostasis"))
-    initialize(plain, x)
-    initialize(homeostasis, x)
-    ours = dict(fast=copy.deepcopy(plain), homeostasis=homeostasis)
-    ours |= dict(bn=build(arch, kind="bn", T=T), dann=build(arch, kind="dann", T=1))
-    forms = dict(plain=plain)
-    for name, net in ours.items():
-        accelerate(net.to(x.device), x)
-        forms[name] = net
-        forms[f"{name} bf16"] = copy.deepcopy(net)
+    forms = {}
+    for name, kind in dict(fast="ei", homeostasis="homeostasis", bn="bn", dann="dann").items():
+        net = build(arch, kind=kind, T=1 if kind == "dann" else T).to(x.device)
+        if kind in ("ei", "homeostasis"):
+            initialize(net, x)
+        if kind == "ei":
+            forms["plain"] = copy.deepcopy(net)
+        accelerate(net, x)
+        forms |= {name: net, f"{name} bf16": copy.deepcopy(net)}
         use_bfloat16(forms[f"{name} bf16"])
     if authors:
-        forms |= {"authors": theirs_like(plain, authors), "authors bn": theirs_like(plain, authors, bn=True)}
+        forms |= {f"authors{' bn' * bn}": theirs_like(forms["plain"], authors, bn) for bn in (False, True)}
     return forms
 
 

@@ -2,9 +2,7 @@
 
 `accelerate(model)` puts a fused form in the place of a plain one only where the plain text is the one that the fused
 form was proven equal to (tests/test_fast.py). An edited equation has another fingerprint, a checksum of its syntax
-tree: then one line says so, and the plain form trains.
-
-How much time each form saves, measured: results/speed.md.
+tree: then one line says so, and the plain form trains. How much time each form saves: results/speed.md.
 """
 
 import ast
@@ -25,7 +23,7 @@ import ei_prop
 from baselines import DANNCircuit, DANNCircuit2d
 from homeostasis import HomeostaticCircuit, HomeostaticCircuit2d
 from inhibition import EICircuit, EICircuit2d
-from lif import LIF
+from lif import LIF, Spike
 from model import AvgPool, Layer, Network
 
 
@@ -84,21 +82,19 @@ class _GainControl(torch.autograd.Function):
         dL/ds_I = w^T dL/dI_div          dL/dw = dL/dI_div s_I^T
 
     currents, (N, ..., n_E + n_I), holds g_E (I_EE - I_sub) and s_I of each position side by side: the rows of a matrix.
-    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or what is added to I_div. pool: also its mean.
+    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,). pool: the mean over the sample is added to I_div.
     """
 
     @staticmethod
-    def forward(ctx, currents, w, b_e, eps, pool):
+    def forward(ctx, currents, w, b_e, pool):
         balanced, s_i = currents.flatten(0, -2).split([w.shape[0], w.shape[1]], 1)
         w = w.to(currents.dtype)  # in bfloat16 the sums of products with W_EI have 16 bits too, the division has 32
         i_div = s_i @ w.t()
         sample = i_div.view(len(currents), -1)
         if pool:
             sample += sample.mean(1, keepdim=True)
-        if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
-            torch.maximum(sample, ei_prop.STABILIZERS["adaptive"](sample), out=sample)
-        else:
-            i_div += eps
+        # nothing that is positive is smaller than the smallest positive value
+        torch.maximum(sample, ei_prop.STABILIZERS["adaptive"](sample), out=sample)
         ctx.save_for_backward(balanced, s_i, i_div, w)
         ctx.shape, ctx.pool = currents.shape, pool
         return torch.addcdiv(b_e, balanced, i_div)
@@ -115,25 +111,28 @@ class _GainControl(torch.autograd.Function):
             sample = minus_grad_div.view(ctx.shape[0], -1)
             sample += sample.mean(1, keepdim=True)
         torch.mm(minus_grad_div, -w, out=grad_s_i)
-        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None, None
+        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
 
 
 class FastCircuit(EICircuit):
-    def forward(self, x, pool=False):
-        """I_int, or with the pool `Homeostasis.quotient`."""
+    def forward(self, x, pool=False, divided=True):
+        """I_int, or with the pool `Homeostasis.quotient`. Not divided: what `_GainControl` takes, with rounding noise
+        where no neuron is active."""
         w_ie, w_ei, g_i = self.inhibitory_parameters()
         w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x, for s_I is linear in x
         if not self.readout:  # g_E scales what the division scales
             g_e, b_e = (torch.full_like(self.g_e, 2), torch.zeros_like(self.b_e)) if pool else (self.g_e, self.b_e)
             w = torch.cat([g_e.view(-1, *[1] * (x.dim() - 1)) * w, w_ie])
+            w_div = w_ei * g_i.flatten()  # g_I goes with the synapse in place of the activity
         currents = self.product(x, w)
+        if not divided:
+            return currents, w_div
         with torch.no_grad():  # the mask of `EICircuit.synapses`, in place
             currents.mul_(self.is_reached(x).to(currents.dtype))
         if self.readout:
             return currents.to(w.dtype)
-        w_div = w_ei * g_i.flatten()  # g_I goes with the synapse in place of the activity
-        if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
-            rows = _GainControl.apply(currents.movedim(1, -1), w_div, b_e.flatten(), self.eps, pool)
+        if self.eps == "adaptive" and self.ste:
+            rows = _GainControl.apply(currents.movedim(1, -1), w_div, b_e.flatten(), pool)
             return rows.view(len(x), *currents.shape[2:], -1).movedim(-1, 1)
         balanced, s_i = currents.split([self.n_e, self.n_i], 1)
         i_div = self.lateral(w_div, s_i)
@@ -175,27 +174,67 @@ def is_usual(layer):
     return not own and all(type(m) in USUAL for m in parts) and (eps == "adaptive" or eps not in ei_prop.STABILIZERS)
 
 
+KERNELS = {}  # type of a device -> {function: the same by `torch.compile`}, empty where that fails
+
+
+def spikes(neuron, dtype, current, i_div=None, b_e=None, reached=None):
+    """Gain control and LIF as plain text, of which `torch.compile` makes a kernel forward and one backward: spikes.
+
+    neuron: T, tau, theta, alpha. current, i_div (T, B, positions, n_E), b_e (B, positions, n_E): the division; without
+    i_div, current is I_int. reached (T, B, positions, 1): where x is active. A still image has one step of these."""
+    (T, tau, threshold, alpha), found, wide = neuron, [], torch.promote_types(current.dtype, torch.float32)
+    if i_div is not None:
+        current, i_div = (ei_prop.straight_through(i, i * reached) for i in (current, i_div))
+        smallest = ei_prop.STABILIZERS["adaptive"](i_div.detach().flatten(0, 1)).view(*i_div.shape[:2], 1, 1)
+        i_div = ei_prop.straight_through(i_div, torch.maximum(i_div, smallest)).unbind()
+    current, u = current.unbind(), None  # each time step on its own; else what lies between two goes through memory
+    for t in range(T):
+        if t < len(current):
+            i_int = current[t].to(wide) if i_div is None else current[t].to(wide) / i_div[t].to(wide) + b_e
+        u = i_int if u is None else (1 - 1 / tau) * (u - threshold * s.detach()) + i_int  # noqa: F821
+        s = Spike.apply(u, threshold, alpha)
+        found.append(s.to(dtype))
+    return torch.stack(found)
+
+
 class FastLayer(Layer):
     def forward(self, x):
         (T, B), usual = x.shape[:2], is_usual(self)
         still = usual and T > 1 and x.stride(0) == 0  # an image that is the same at each time step
         x = (x[:1] if still else x).flatten(0, 1)  # (B, ...) or (T B, ...)
         x = x.contiguous(memory_format=torch.channels_last if usual and x.dim() == 4 else torch.contiguous_format)
-        if still and isinstance(self.circuit, STEADY):
-            # One step is computed, then expanded over time; the gradient of that is a sum, fast with channels last.
-            current = self.circuit(x).movedim(1, -1)
+        if still and not isinstance(self.circuit, STEADY):
+            x, still = torch.cat([x] * T), False  # BN-SNN counts every time step in its variance
+        if usual and KERNELS.get(x.device.type) and isinstance(self.neuron, FastLIF):
+            return self.in_few_kernels(x, T, B)
+        current = self.circuit(x)
+        if still:  # one step is expanded over time; the gradient of that is a sum, fast with channels last
+            current = current.movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
-        current = self.circuit(torch.cat([x] * T) if still else x)  # BN-SNN counts every time step in its variance
         # With autocast, the membrane keeps 32 bits.
         current = current.to(torch.promote_types(current.dtype, next(self.parameters(), x).dtype))
         current = current if usual else current.clone(memory_format=torch.contiguous_format)
         return self.neuron(current.unflatten(0, (T, B)))
 
+    def in_few_kernels(self, x, T, B):
+        """The same where all but the products is compiled."""
+        circuit, neuron, more = self.circuit, self.neuron, ()
+        whole = type(circuit) in (FastCircuit, FastCircuit2d) and circuit.eps == "adaptive" and circuit.ste
+        current, w_div = circuit(x, divided=False) if whole else (circuit(x), None)
+        rows = current.movedim(1, -1).reshape(len(x) // B, B, -1, current.shape[1])  # (T or 1, B, positions, n)
+        if whole:
+            rows, s_i = rows.split([circuit.n_e, circuit.n_i], 3)
+            b_e = circuit.b_e.flatten().expand(rows.shape[1:])  # its gradient is summed outside
+            more = F.linear(s_i, w_div), b_e, circuit.is_reached(x.detach()).reshape(*rows.shape[:3], 1)
+        neuron = T, neuron.tau, neuron.threshold, neuron.alpha
+        s = KERNELS[x.device.type][spikes](neuron, dtype_of_products(x), rows, *more)
+        return s.view(T, B, *current.shape[2:], -1).movedim(-1, 2)
+
 
 class FastAvgPool(AvgPool):
     def forward(self, x):
-        if x.is_cuda:  # not tried there, and its memory is larger
-            return super().forward(x)
+        if x.is_cuda or x.device.type in KERNELS:  # interpolation was not tried there
+            return KERNELS.get(x.device.type, {}).get(AvgPool.forward, AvgPool.forward)(self, x)
         half = F.interpolate(x.flatten(0, 1), scale_factor=0.5, mode="bilinear")  # between two pixels: their mean
         return half.unflatten(0, x.shape[:2])
 
@@ -338,9 +377,7 @@ def accelerate(model, batch=None):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for. Change
     functions and modules before; if you do so later, call it again.
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
-
-    Returns the functions that were edited, {"lif.simulate"}, usually none. Each is printed in one line, and what it
-    computes is left in its plain form."""
+    Returns the functions that were edited, {"lif.simulate"}: each is printed, and what it computes stays plain."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
@@ -353,9 +390,36 @@ def accelerate(model, batch=None):
             differing |= names
             if not names:
                 module.__class__ = FORMS[type(module)]
+    if device == "cuda" and device not in KERNELS:
+        compile_on(device)
     for file, function in sorted(name.split(".", 1) for name in differing):
         print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
     return differing
+
+
+def compile_on(device):
+    """Has `torch.compile` make kernels for this type of device, if it can (on a GPU with Triton, which is there on
+    Linux), and if an example is the same with and without it, spikes and gradients. PyTorch keeps what was compiled."""
+    dynamo, inductor = torch._dynamo.config, torch._inductor.config
+    dynamo.specialize_float, dynamo.cache_size_limit = True, 64  # tau and theta are constants; variants of a function
+    torch.fx.experimental._config.use_duck_shape = False  # that two sizes are equal means nothing
+    torch._functorch.config.activation_memory_budget = 0  # what lies between inputs and results is not kept
+    options = dict(max_pointwise_cat_inputs=0, max_complex_pointwise_cat_inputs=0)  # time steps share their kernel
+    options |= dict(realize_reads_threshold=10**6, realize_opcount_threshold=10**6)
+    options = {name: value for name, value in options.items() if hasattr(inductor, name)}  # PyTorch 2.6 has three
+    x, found = torch.linspace(0, 3, 960, device=device).sin().abs().view(4, 3, 8, 10)[..., :8], []
+    sides = [side.detach().requires_grad_() for side in (x, 2 * x.flip(2), (x[0, 0, 0] - 0.5).expand(3, 8, 8))]
+    try:
+        kernels = {f: torch.compile(f, dynamic=True, options=options) for f in (spikes, AvgPool.forward)}
+        for function in (spikes, kernels[spikes]):
+            s = function((4, 2.0, 1.0, 4.0), x.dtype, *sides, x[..., :1] > 0.1)
+            found.append([s, *torch.autograd.grad(s.cumsum(0).square().sum(), sides)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        dynamo.suppress_errors = True  # a variant that cannot be compiled runs as it is
+    except Exception as error:  # no Triton, no C compiler: it fails in many ways
+        kernels, said = {}, f"torch.compile makes no kernels here ({type(error).__name__})"
+        print(f"{said}, so gain control and LIF run operation by operation")
+    KERNELS[device] = kernels
 
 
 class Recorded:

@@ -12,23 +12,12 @@ from sklearn.decomposition import PCA
 from support.measure import BINS
 
 EXC, INH, GREY = "#D55E00", "#0072B2", "#777777"  # excitation, inhibition (palette of Okabe and Ito, also below)
-STYLES = [  # told apart by dash and marker, also without colours
-    dict(color="#000000", marker="o", ls="-"),
-    dict(color="#009E73", marker="s", ls="--"),
-    dict(color="#CC79A7", marker="^", ls="-."),
-    dict(color="#56B4E9", marker="D", ls=":"),
-    dict(color="#E69F00", marker="v", ls=(0, (4, 1, 1, 1, 1, 1))),
-    dict(color="#999999", marker="x", ls=(0, (1, 2))),
-]
-STYLE = {  # settings of matplotlib while a figure is drawn
-    "font.size": 8,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}
+_colors = ("#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
+_dashes = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 2)))  # told apart also without colours
+STYLES = [dict(color=c, marker=m, ls=dash) for c, m, dash in zip(_colors, "os^Dvx", _dashes, strict=True)]
+# Settings of matplotlib while a figure is drawn.
+STYLE = {"font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 3.5, "figure.constrained_layout.use": True}
+STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
 PAGE = 6.8  # inches, the width of a page
 EDGES = np.linspace(BINS["low"], BINS["high"], BINS["n"] + 1)  # of the bins of I_int and u
 CENTRES = np.linspace(BINS["low"], BINS["high"], 2 * BINS["n"] + 1)[1::2]

@@ -86,10 +86,8 @@ class Run:
     def __init__(self, folder, config=None):
         self.folder = Path(folder).expanduser()
         self.quoted = f'"{self.folder}"' if " " in str(self.folder) else str(self.folder)  # for commands to be typed
-        self.data = self._lock = None
-        self.config, self.equations = config, {}
-        if config is None:
-            self.config = self._read_config()
+        self.data, self._lock, self.equations = None, None, {}
+        self.config = self._read_config() if config is None else config
 
     def _read_config(self):
         path = self.folder / "config.json"

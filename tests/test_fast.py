@@ -102,9 +102,16 @@ CASES = [(arch, dict(kind=kind)) for arch in ARCHS for kind in KINDS]
 CASES += [(arch, options) for arch in SIZES for options in OPTIONS] + [("vgg8", dict(kind="bn", frames=True))]
 
 
+NOT_COMPILED = {fast.spikes: fast.spikes, AvgPool.forward: AvgPool.forward}  # the text of the kernels runs as it is
+
+
 @DEVICES
+@pytest.mark.parametrize("kernels", [{}, NOT_COMPILED], ids=["by hand", "not compiled"])
 @pytest.mark.parametrize("arch, options", CASES, ids=str)
-def test_fused_equals_plain(arch, options, device, monkeypatch):
+def test_fused_equals_plain(arch, options, kernels, device, monkeypatch):
+    if kernels and arch not in SIZES:
+        pytest.skip("its layers are those of the others")
+    monkeypatch.setattr(fast, "KERNELS", {device: kernels} if kernels else {})
     monkeypatch.setitem(ei_prop.STABILIZERS, "largest", largest)
     options = SIZES.get(arch, dict(width=0.02)) | dict(T=3, in_channels=2) | options
     frames = options.pop("frames", False)
@@ -121,6 +128,39 @@ def test_fused_equals_plain(arch, options, device, monkeypatch):
         if isinstance(module, EICircuit | LIF | AvgPool) or options.get("ste", True):
             alive.append(assert_equal(module, x))
     assert sum(alive) > 0.7 * len(alive)
+
+
+@pytest.mark.slow
+@DEVICES
+def test_what_is_compiled_equals_plain(device, monkeypatch):
+    if device == "cpu" and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(fast, "KERNELS", {})
+    fast.compile_on(device)
+    model = varied(build("vgg8", width=0.1).double().to(device))
+    batch = torch.rand(3, 3, 32, 32, device=device).double()
+    batch[0], batch[1, ..., :9] = 0, 0  # a silent sample, and silent positions
+    assert fast.KERNELS[device] and assert_equal(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(model)(batch), model(batch))
+
+
+def broken(function, **options):
+    raise RuntimeError("no Triton")
+
+
+def other(function, **options):
+    return lambda *args: 1.1 * function(*args)
+
+
+@pytest.mark.parametrize("compiler, error", [(broken, "RuntimeError"), (other, "AssertionError")])
+def test_without_a_compiler_that_works_one_line_says_so(compiler, error, monkeypatch, capsys):
+    monkeypatch.setattr(fast, "KERNELS", {})
+    monkeypatch.setattr(torch, "compile", compiler)
+    fast.compile_on("cpu")
+    said = capsys.readouterr().out
+    assert f"makes no kernels here ({error}), so gain control" in said and said.count("\n") == 1
+    assert fast.KERNELS == {"cpu": {}}
 
 
 @DEVICES
