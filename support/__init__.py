@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def explained(what):
-    """For a `with` block: any error in it becomes a ValueError of one line, "what (error)". Foreign and damaged files
-    fail in many ways."""
+    """For a `with` block: any error in it (foreign files fail in many ways) becomes a ValueError, "what (error)"."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,4 @@
-"""Augmentation of a training batch: it and a generator of random numbers on its device -> a batch of the same shape.
-Every sample is treated on its own."""
+"""Augmentation of a training batch: it and a generator on its device -> a batch of that shape, each sample alone."""
 
 import math
 
@@ -10,7 +9,6 @@ from torchvision.transforms.functional import InterpolationMode, resized_crop, r
 
 def augment_cifar(x, generator):
     """CIFAR augmentation (paper, training details) of images (B, C, S, S) in [0, 1]: crop with padding 4, flip, cutout.
-
     Cutout: with probability 1/2 a rectangle of 2 to 40 % of the area, aspect ratio 0.4 to 2.5 (log-uniform), is filled
     with random values in [0, 1], one for each pixel and channel. In the authors' program the aspect ratio is uniform,
     and the rectangle has one random shade of red: what that changes is in results/cifar10.md.
@@ -38,7 +36,6 @@ def augment_cifar(x, generator):
 def augment_gesture(x, generator, smallest=0.5):
     """DVS-Gesture, event counts (B, T, C, S, S): random resized crop of 50 to 100 % of the area and horizontal flip,
     the same for all frames of a sample. The paper's recipe has the flip, though it makes a left hand of a right one.
-
     The crop has `smallest` to 1 of the area and an aspect ratio of 3/4 to 4/3 (log-uniform), or nearer to 1 where a
     crop of this area would not fit. Its pixels are chosen, not mixed.
     """
@@ -55,7 +52,6 @@ def augment_gesture(x, generator, smallest=0.5):
 
 def augment_cifar10_dvs(x, generator):
     """CIFAR10-DVS: random resized crop of 70 to 100 % of the area, horizontal flip, and one of roll, rotation, cutout.
-
     Roll: by up to 5 pixels along each side, what leaves at one edge comes back at the other. Rotation: by up to 30
     degrees, no events where it looks past the edges. Cutout: no events in a square of 16 pixels around any pixel.
     """

@@ -1,5 +1,4 @@
 """Speed and memory: `python -m support.bench` measures training steps and forward passes side by side in one process.
-
 plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as in `train.py`. homeostasis, bn and dann:
 other kinds, accelerated too; DANN has no time, T = 1, and is not clipped here. bf16: as with `--precision bf16`.
 graph: the training step is recorded, as on a GPU. authors, authors bn: theirs, of a checkout that --authors DIR names.
@@ -61,11 +60,9 @@ class Contender:
     def __init__(self, model, x, graph=False):
         self.model, self.x, self.y = model, x, torch.arange(len(x), device=x.device) % 10
         self.optimizer = getattr(model, "sgd", None) or torch.optim.SGD(model.parameters(), **SGD, fused=True)
-        self.take_step = train_step
-        if graph:
-            self.take_step = Recorded(train_step)
-            for _ in range(Recorded.EAGER_CALLS + 1):
-                self.train()
+        self.take_step = Recorded(train_step) if graph else train_step
+        for _ in range(Recorded.EAGER_CALLS + 1 if graph else 0):
+            self.train()
 
     def train(self):
         self.take_step(self.model.train(), self.optimizer, self.x, self.y)

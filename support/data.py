@@ -32,7 +32,6 @@ SOURCES = Path(__file__).read_bytes() + Path(events.__file__).read_bytes()  # of
 @dataclass
 class Dataset:
     """Images (N, C, S, S) or frames (N, T, C, S, S) and labels (N,) of a training and a test set, on one device.
-
     Tensors or arrays of any integer type are taken; anything else raises a ValueError. Images are held as uint8, labels
     as int64, frames as whole numbers of fractions of an event (see `to_input`). chance: the accuracy of a network that
     always says the commonest class of the test set. augment_name: what is done to the training data, in words.
@@ -83,9 +82,8 @@ class Dataset:
 
 
 def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
-    """A dataset by name (see `LOADERS`) from the folder `root`, on the device. Images or frames are brought to a side
-    of `image_size` pixels; recordings become T frames. augment: a name in `AUGMENTATIONS`; None or "auto": what belongs
-    to the dataset. A ValueError or OSError names the folder or the file."""
+    """A dataset by name (see `LOADERS`) from the folder `root`, on the device, of side `image_size`, recordings as T
+    frames. augment: a name in `AUGMENTATIONS`; None or "auto": what belongs to the dataset. ValueError, OSError."""
     if name not in LOADERS:
         raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
     found = LOADERS[name](Path(root).expanduser().absolute(), image_size, T)
@@ -192,8 +190,7 @@ def _decode(file, size):
 
 def _decoded(root, train, test, classes, shape, decode):
     """Pairs (file, name of its class) for training and testing -> the first five values that a loader returns.
-    decode(file) -> (*shape) takes minutes in all, so its results are kept in `root`, under a checksum of what they
-    depend on."""
+    decode(file) -> (*shape) takes minutes in all: its results are kept in `root`, under a checksum of their sources."""
     if odd := sorted({name for _, name in test} ^ {name for _, name in train}):
         raise ValueError(f"{root}: the class {odd[0]!r} has no training image or no test image")
 

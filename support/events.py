@@ -1,6 +1,5 @@
 """Recordings of event cameras (CIFAR10-DVS, DVS-Gesture) as T frames of event counts: one frame a time step, one
-channel a polarity. Tonic finds the files. Events are counted here, since tonic's ToFrame counts in int16, which a busy
-pixel overflows."""
+channel a polarity. Tonic finds the files; events are counted here, since in its int16 the counts of a pixel wrap."""
 
 import math
 
@@ -53,7 +52,6 @@ def recordings(name, root, size, T):
 
 def count(x, y, p, t, T):
     """Events -> how many there are at each pixel in each frame, (T, 2, SENSOR, SENSOR), int64.
-
     Of n events, in order of time, each frame receives n // T, and the last n % T are left out, as in tonic's ToFrame
     with n_event_bins. Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, a pixel beyond the sensor,
     another polarity: a ValueError.
@@ -77,7 +75,6 @@ def parts(size):
 
 def area_weights(size):
     """(size, SENSOR): how many parts of each row of pixels lie in each row of cells, `weights @ frame @ weights.T`.
-
     An event is shared out among the cells that its pixel overlaps, by area, so that no cell is favoured: at 48 x 48 a
     cell is 2 2/3 pixels wide. What is stored are whole numbers of parts of an event, `parts(size)`^2: ninths at 48.
     """

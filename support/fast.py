@@ -82,19 +82,21 @@ class _GainControl(torch.autograd.Function):
         dL/ds_I = w^T dL/dI_div          dL/dw = dL/dI_div s_I^T
 
     currents, (N, ..., n_E + n_I), holds g_E (I_EE - I_sub) and s_I of each position side by side: the rows of a matrix.
-    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,). pool: the mean over the sample is added to I_div.
+    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or what is added to I_div. pool: also its mean.
     """
 
     @staticmethod
-    def forward(ctx, currents, w, b_e, pool):
+    def forward(ctx, currents, w, b_e, eps, pool):
         balanced, s_i = currents.flatten(0, -2).split([w.shape[0], w.shape[1]], 1)
         w = w.to(currents.dtype)  # in bfloat16 the sums of products with W_EI have 16 bits too, the division has 32
         i_div = s_i @ w.t()
         sample = i_div.view(len(currents), -1)
         if pool:
             sample += sample.mean(1, keepdim=True)
-        # nothing that is positive is smaller than the smallest positive value
-        torch.maximum(sample, ei_prop.STABILIZERS["adaptive"](sample), out=sample)
+        if eps == "adaptive":  # nothing that is positive is smaller than the smallest positive value
+            torch.maximum(sample, ei_prop.STABILIZERS["adaptive"](sample), out=sample)
+        else:
+            i_div += eps
         ctx.save_for_backward(balanced, s_i, i_div, w)
         ctx.shape, ctx.pool = currents.shape, pool
         return torch.addcdiv(b_e, balanced, i_div)
@@ -111,7 +113,7 @@ class _GainControl(torch.autograd.Function):
             sample = minus_grad_div.view(ctx.shape[0], -1)
             sample += sample.mean(1, keepdim=True)
         torch.mm(minus_grad_div, -w, out=grad_s_i)
-        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None
+        return grad_currents, -(minus_grad_div.t() @ s_i), grad.sum(0), None, None
 
 
 class FastCircuit(EICircuit):
@@ -131,8 +133,8 @@ class FastCircuit(EICircuit):
             currents.mul_(self.is_reached(x).to(currents.dtype))
         if self.readout:
             return currents.to(w.dtype)
-        if self.eps == "adaptive" and self.ste:
-            rows = _GainControl.apply(currents.movedim(1, -1), w_div, b_e.flatten(), pool)
+        if not isinstance(self.eps, str) or (self.eps == "adaptive" and self.ste):
+            rows = _GainControl.apply(currents.movedim(1, -1), w_div, b_e.flatten(), self.eps, pool)
             return rows.view(len(x), *currents.shape[2:], -1).movedim(-1, 1)
         balanced, s_i = currents.split([self.n_e, self.n_i], 1)
         i_div = self.lateral(w_div, s_i)
@@ -179,7 +181,6 @@ KERNELS = {}  # type of a device -> {function: the same by `torch.compile`}, emp
 
 def spikes(neuron, dtype, current, i_div=None, b_e=None, reached=None):
     """Gain control and LIF as plain text, of which `torch.compile` makes a kernel forward and one backward: spikes.
-
     neuron: T, tau, theta, alpha. current, i_div (T, B, positions, n_E), b_e (B, positions, n_E): the division; without
     i_div, current is I_int. reached (T, B, positions, 1): where x is active. A still image has one step of these."""
     (T, tau, threshold, alpha), found, wide = neuron, [], torch.promote_types(current.dtype, torch.float32)
@@ -246,8 +247,7 @@ class Bfloat16Network(Network):
 
 
 def use_bfloat16(model):
-    """Has a network compute convolutions and matrix products in 16 bits, and all else as it is, in place. Parameters,
-    membrane potentials and the division keep 32 bits. Spikes are exact in 16."""
+    """Has a network compute convolutions and matrix products in 16 bits, and all else as it is, in place."""
     if not isinstance(model, Bfloat16Network):  # of a student's class there is one of its own
         own = (Bfloat16Network, type(model))
         model.__class__ = Bfloat16Network if type(model) is Network else type("Bfloat16Network", own, {})
@@ -314,8 +314,7 @@ def definitions(text):
 
 
 def fingerprint(function):
-    """A checksum of the syntax tree of a function, without comments, docstrings and layout. None if its text cannot be
-    read, or is not what runs: the file has changed since it was loaded, or something wraps it."""
+    """A checksum of the syntax tree of a function. None if its text cannot be read, or is not what runs."""
     loaded = inspect.unwrap(function)
     try:
         text = "".join(inspect.findsource(loaded)[0])
@@ -417,14 +416,13 @@ def compile_on(device):
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
         dynamo.suppress_errors = True  # a variant that cannot be compiled runs as it is
     except Exception as error:  # no Triton, no C compiler: it fails in many ways
-        kernels, said = {}, f"torch.compile makes no kernels here ({type(error).__name__})"
-        print(f"{said}, so gain control and LIF run operation by operation")
+        kernels, reason = {}, type(error).__name__
+        print(f"torch.compile makes no kernels here ({reason}): gain control and LIF run operation by operation")
     KERNELS[device] = kernels
 
 
 class Recorded:
     """A training step of which CUDA keeps one graph: Python then starts the step, and not each of its 400 operations.
-
     step(network, optimizer, x, y, *more) -> tensors: it trains on a GPU and reads no number there. The first calls run
     it as it is, for the optimizer makes its state in them. Then it is recorded, and both ways are run from the same
     state on the same batch. Where they differ, or recording fails, one line says so, and the step goes on as it is.

@@ -15,8 +15,7 @@ from support import data, parallel
 
 @contextmanager
 def hooked(model, hooks, training=False):
-    """In a `with` block the network is as in testing (or in training) and has these hooks, as `register_forward_hook`
-    and its like return them; then it is as before."""
+    """In a `with` block the network is as in testing (or in training) and has these hooks; then it is as before."""
     others = [module for module in model.modules() if module.training != training]
     try:
         model.train(training)
@@ -30,9 +29,8 @@ def hooked(model, hooks, training=False):
 
 @torch.no_grad()
 def evaluate(model, x, y, batch_size=100):
-    """Tests a network on x, (N, C, H, W) or (N, T, C, H, W), and y, (N,), as `data.Dataset` holds them. Returns mean
-    loss (NaN if a parameter is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step)
-    of each layer."""
+    """Tests a network on x, (N, ...), and y, (N,), as `data.Dataset` holds them. Returns mean loss (NaN if a parameter
+    is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
     T = getattr(model, "module", model).T  # of an averaged model, too
     batch_size = batch_size if x.is_cpu else 1000  # a GPU is the faster the fewer operations it has to start
     batch_size = max(1, min(batch_size, 1000 // T))  # frames take memory in proportion to T
@@ -61,7 +59,6 @@ def is_finite(model):
 
 def first_nonfinite(model, x, y):
     """The name of what is not finite in a training step with images x and labels y.
-
     The first layer, in forward order, with such a parameter or value; else "loss", if it is not finite; else, since
     gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "none left".
     """
@@ -77,16 +74,14 @@ def first_nonfinite(model, x, y):
         loss = F.cross_entropy(model(x), y)
         if found or not loss.isfinite():
             return [*found, "loss"][0]
-        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    pairs = zip(trained, gradients, strict=True)
-    bad = [name for name, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
+        gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    bad = [name for name, gradient in zip(trained, gradients, strict=True) if not gradient.isfinite().all()]
     return f"{bad[-1]} (its gradient)" if bad else "none left"
 
 
 @torch.no_grad()
 def costs(model, x):
     """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
-
     firing_rate: spikes per neuron and time step; of the readout, None.
     accumulates: per image, each presynaptic spike (or the mean of pooled ones) once at each of its targets, E and I.
     multiplies: multiply-accumulates per image. The synapses of the first layer, once where the image stands still, and
@@ -170,8 +165,8 @@ def header(config, dataset, model, device):
 
 @torch.no_grad()
 def observe(model, x, see):
-    """Runs the network on x, as in testing, and calls see(i, I_int, u, spikes) for each spiking layer i. u is the
-    membrane potential before the reset (in DANN, which has none, I_int again). Each is (T, B, n_E, H', W')."""
+    """Runs the network on x, as in testing, and calls see(i, I_int, u, spikes), (T, B, n_E, H', W') each, for each
+    spiking layer i. u: the membrane potential before the reset (in DANN, which has none, I_int again)."""
 
     def hook(neuron, args, spikes, i):
         u = neuron.membrane_potential(args[0]) if hasattr(neuron, "membrane_potential") else args[0]

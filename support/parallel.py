@@ -12,8 +12,7 @@ from support import explained
 
 def pick_device(name=None):
     """The device by name, else CUDA, else the CPU; with torchrun each process's own. ValueError: it cannot be used."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     with explained(f"--device {name} cannot be used"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":

@@ -31,8 +31,7 @@ def write_csv(path, rows):
 
 
 def save(figure, name, rows, out, legend=None, place="upper"):
-    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv. legend: an axis whose legend stands in
-    one line, outside of all axes."""
+    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv. legend: of this axis, outside of all."""
     if legend:
         handles, labels = legend.get_legend_handles_labels()
         figure.legend(handles, labels, loc=f"outside {place} center", ncols=len(labels))
@@ -43,8 +42,7 @@ def save(figure, name, rows, out, legend=None, place="upper"):
 
 
 def long_rows(name, values, **axes):
-    """An array as rows of a CSV file: a dict for each element, with its place along each axis, and its value as `name`.
-    axes: for each axis of the array, its name and the labels along it."""
+    """An array as rows of a CSV file: a dict for each element. axes: the name of each axis, and the labels along it."""
     places = itertools.product(*axes.values())
     elements = np.asarray(values).flatten().tolist()
     return [{**dict(zip(axes, place, strict=True)), name: v} for place, v in zip(places, elements, strict=True)]
@@ -143,8 +141,7 @@ def plane(axis, rates, y, n_classes, title):
 
 
 def table(name, first, runs, out):
-    """Outcome, best epoch and best accuracy of each run, as text, as Markdown and as a picture with the loss curves.
-    name: of the files. first: heading of the first column. runs: label -> outcome, in words, and `runs.metrics`."""
+    """Outcome and best epoch of each run, label -> (outcome, `runs.metrics`): text, Markdown, a picture with losses."""
     cells, rows = [[first, "outcome", "best epoch", "best on the test set"]], []
     figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))
     top, bottom = axes[:, 0]

@@ -17,9 +17,7 @@ from support.runs import CHECKPOINT, fitting, outcome, restore
 
 @contextmanager
 def stop_requests():
-    """For a `with` block, Ctrl-C, SIGTERM and a closed terminal only add their number to a list, so that the training
-    can save its state and end. What is ignored (nohup) stays ignored.
-    """
+    """For a `with` block, Ctrl-C, SIGTERM and a closed terminal only add their number to a list (ignored: nothing)."""
     received, before = [], {}
     if threading.current_thread() is threading.main_thread():  # no other thread receives signals
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -35,7 +33,6 @@ def stop_requests():
 
 class Progress:
     """The state of a training, whose loop runs over `epochs` and `batches`. Everything is saved to `run`.
-
     state: of an earlier training, to go on with; None: it is new, and the model is initialised. give_up: end when the
     network is at chance for a third of its epochs. A ValueError if `state` is of another network, of other data or of
     more epochs; nothing was written then.
@@ -89,9 +86,8 @@ class Progress:
                 yield self.step // self.steps_per_epoch
 
     def batches(self, epoch):
-        """The steps that are left of an epoch: the number of the step, and its input and labels, on the device.
-        Reading a number waits for a GPU, so it happens once in 20 steps there."""
-        read_every = 1 if self.sums.is_cpu else 20
+        """The steps that are left of an epoch: the number of the step, and its input and labels, on the device."""
+        read_every = 1 if self.sums.is_cpu else 20  # for a number one waits until a GPU has done its work
         order = data.epoch_order(self.config, self.dataset, epoch)
         first, self.start, self.spent = self.step % len(order), time.perf_counter() - self.spent, 0.0
         self.interrupted = True
@@ -130,9 +126,8 @@ class Progress:
             self._break()
             return
         epoch = len(self.history) + 1
-        row = dict(epoch=epoch, lr=lr, train_loss=self.means[0], train_accuracy=self.means[1])
-        row |= dict(test_loss=test_loss, test_accuracy=test_accuracy)
-        row |= dict(seconds=round(time.perf_counter() - self.start, 2))
+        row = dict(epoch=epoch, lr=lr, train_loss=self.means[0], train_accuracy=self.means[1], test_loss=test_loss)
+        row |= dict(test_accuracy=test_accuracy, seconds=round(time.perf_counter() - self.start, 2))
         if all(test_accuracy > before["test_accuracy"] for before in self.history):
             self.run.keep_best(self.model, epoch, test_accuracy)  # before the checkpoint: it is never older than that
         self.history.append(row | {f"rate_{i + 1}": round(r, 5) for i, r in enumerate(rates)})

@@ -73,8 +73,7 @@ def table():
 
 
 def settings(args):
-    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind. An
-    option that this kind of network does not have, or a schedule that cannot be, is a ValueError."""
+    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
     data, arch, kind = (given.get(key, WHAT[key]) for key in ("data", "arch", "kind"))
     if odd := [key for key in LACKS[kind] if key in WHAT and given.get(key, WHAT[key]) != WHAT[key]]:
@@ -105,12 +104,10 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high, name, text):
     """A number from `low` to `high`, as an argparse type."""
-    try:
+    with contextlib.suppress(ValueError):
         value = kind(text)
         if low <= value <= high:
             return value
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {name}")
 
 

@@ -48,8 +48,7 @@ def replace(source, target):
 
 
 def write_atomically(path, content, keep=None):
-    """Writes bytes to a file so that it is never seen half written. What was there is moved to the path `keep`, if any;
-    if nothing can be written, it stays, and that is an OSError."""
+    """Writes bytes to a file, which is never seen half written. What was there is moved to the path `keep`, if any."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -78,7 +77,6 @@ def equations():
 class Run:
     """A run folder. `create` makes a new one and `resume` goes on with one: both keep it from other processes until
     `close`. `Run(folder)` alone reads, also while another process trains.
-
     folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`).
     ValueError, OSError: no such run, or a damaged one.
     """
@@ -103,8 +101,7 @@ class Run:
 
     @classmethod
     def create(cls, folder, config, choose=False):
-        """A new run, locked. Where there is a run in the folder, or another process: a ValueError, or (choose) the
-        first of folder-2, folder-3, ... that is free."""
+        """A new run, locked. Where there is one in the folder: a ValueError, or (choose) folder-2, folder-3, ..."""
         for n in count(1):
             run = cls(folder if n == 1 else f"{folder}-{n}", config)
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -151,8 +148,7 @@ class Run:
         return state
 
     def settings(self, given, free=("data_root",)):
-        """The settings, and what is `given` (None: not) of those that are free to change; data may have moved. If it
-        contradicts another one, that is a ValueError."""
+        """The settings, and what is `given` (None: not) of those that are free to change; data may have moved."""
         for key, value in self.config.items():
             if key not in free and given.get(key) not in (None, value):
                 raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}")
@@ -287,7 +283,6 @@ def prepare(config, dataset, model):
 
 def outcome(accuracies, chance, nonfinite=False):
     """What became of a run with these test accuracies after each epoch, in the words of the paper's table on epsilon.
-
     "failed to converge": never above twice chance (or, where chance is more than a third, halfway from chance to 1).
     "collapsed (epoch N)": it was, and from epoch N (counted from 1) on stayed at most at 1.5 times chance, or became
     `nonfinite` in epoch N. Else "converged".
@@ -343,7 +338,6 @@ def data_of(run):
 
 def differing(run, other):
     """What must be equal in two runs that are set side by side, and is not: names of settings, or "images"; a list.
-
     Kinds of network may differ in what each has of its own, e.g. the learning rate. So may ablations and seeds.
     """
     kinds = {run.config["kind"], other.config["kind"]}

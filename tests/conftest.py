@@ -37,5 +37,7 @@ def demonstration(capsys):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def usual(monkeypatch):
+    """Each test has the same random numbers. On a GPU nothing is compiled, which takes seconds, unless a test asks."""
     torch.manual_seed(0)
+    monkeypatch.setattr("support.fast.KERNELS", {"cuda": {}})
