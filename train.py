@@ -36,7 +36,8 @@ def guard_gradients(loss, model):
         Whether they were finite: a tensor (), which is not read here, for that would wait for a GPU.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    finite = (loss.detach() + torch.nn.utils.get_total_norm(gradients, 1)).isfinite()  # NaN passes through a sum
+    extremes = torch.stack([value for gradient in gradients for value in torch.aminmax(gradient)])  # NaN passes through
+    finite = loss.detach().isfinite() & extremes.isfinite().all()
     if finite.is_cuda or not finite:
         for gradient in gradients:
             gradient.masked_fill_(~finite, 0)

@@ -1,4 +1,4 @@
-"""Augmentation of a training batch: it and a generator on its device -> a batch of that shape, each sample alone."""
+"""Augmentation of a training batch: it and a random generator -> a batch of the same shape, each sample alone."""
 
 import math
 
@@ -11,8 +11,7 @@ def augment_cifar(x, generator):
     """CIFAR augmentation (paper, training details) of images (B, C, S, S) in [0, 1]: crop with padding 4, flip, cutout.
     Cutout: with probability 1/2 a rectangle of 2 to 40 % of the area, aspect ratio 0.4 to 2.5 (log-uniform), is filled
     with random values in [0, 1], one for each pixel and channel. In the authors' program the aspect ratio is uniform,
-    and the rectangle has one random shade of red: what that changes is in results/cifar10.md.
-    """
+    and the rectangle has one random shade of red: what that changes is in results/cifar10.md."""
     B, C, _, S = x.shape
     samples, pixels = torch.arange(B, device=x.device)[:, None, None], torch.arange(S, device=x.device)
 
@@ -37,8 +36,7 @@ def augment_gesture(x, generator, smallest=0.5):
     """DVS-Gesture, event counts (B, T, C, S, S): random resized crop of 50 to 100 % of the area and horizontal flip,
     the same for all frames of a sample. The paper's recipe has the flip, though it makes a left hand of a right one.
     The crop has `smallest` to 1 of the area and an aspect ratio of 3/4 to 4/3 (log-uniform), or nearer to 1 where a
-    crop of this area would not fit. Its pixels are chosen, not mixed.
-    """
+    crop of this area would not fit. Its pixels are chosen, not mixed."""
     S = x.shape[-1]
     area, aspect, top, left, flip = torch.rand(5, len(x), device=x.device, generator=generator)  # (B,) each
     area = smallest + (1 - smallest) * area
@@ -53,8 +51,7 @@ def augment_gesture(x, generator, smallest=0.5):
 def augment_cifar10_dvs(x, generator):
     """CIFAR10-DVS: random resized crop of 70 to 100 % of the area, horizontal flip, and one of roll, rotation, cutout.
     Roll: by up to 5 pixels along each side, what leaves at one edge comes back at the other. Rotation: by up to 30
-    degrees, no events where it looks past the edges. Cutout: no events in a square of 16 pixels around any pixel.
-    """
+    degrees, no events where it looks past the edges. Cutout: no events in a square of 16 pixels around any pixel."""
     x, S = augment_gesture(x, generator, smallest=0.7), x.shape[-1]
     changed, random = [], torch.rand(len(x), 3, device=x.device, generator=generator).tolist()
     for sample, (which, a, b) in zip(x, random, strict=True):

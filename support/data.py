@@ -34,8 +34,7 @@ class Dataset:
     """Images (N, C, S, S) or frames (N, T, C, S, S) and labels (N,) of a training and a test set, on one device.
     Tensors or arrays of any integer type are taken; anything else raises a ValueError. Images are held as uint8, labels
     as int64, frames as whole numbers of fractions of an event (see `to_input`). chance: the accuracy of a network that
-    always says the commonest class of the test set. augment_name: what is done to the training data, in words.
-    """
+    always says the commonest class of the test set. augment_name: what is done to the training data, in words."""
 
     train_x: torch.Tensor
     train_y: torch.Tensor
@@ -83,7 +82,7 @@ class Dataset:
 
 def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):
     """A dataset by name (see `LOADERS`) from the folder `root`, on the device, of side `image_size`, recordings as T
-    frames. augment: a name in `AUGMENTATIONS`; None or "auto": what belongs to the dataset. ValueError, OSError."""
+    frames. augment: a name in `AUGMENTATIONS`; None or "auto": what is usual. A ValueError or OSError says where."""
     if name not in LOADERS:
         raise ValueError(f"unknown data {name!r}: choose from {', '.join(LOADERS)}")
     found = LOADERS[name](Path(root).expanduser().absolute(), image_size, T)
@@ -190,7 +189,7 @@ def _decode(file, size):
 
 def _decoded(root, train, test, classes, shape, decode):
     """Pairs (file, name of its class) for training and testing -> the first five values that a loader returns.
-    decode(file) -> (*shape) takes minutes in all: its results are kept in `root`, under a checksum of their sources."""
+    decode(file) -> (*shape) takes minutes in all: its results are kept in `root`, under a checksum of all files."""
     if odd := sorted({name for _, name in test} ^ {name for _, name in train}):
         raise ValueError(f"{root}: the class {odd[0]!r} has no training image or no test image")
 

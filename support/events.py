@@ -2,6 +2,7 @@
 channel a polarity. Tonic finds the files; events are counted here, since in its int16 the counts of a pixel wrap."""
 
 import math
+from threading import Lock
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from sklearn.model_selection import train_test_split
 from support import explained
 
 SENSOR = 128  # both event cameras are 128 x 128 pixels
+PARSER = Lock()  # of the header of an .npy file: Python's was seen to fail in several threads at once
 
 
 def recordings(name, root, size, T):
@@ -39,7 +41,8 @@ def recordings(name, root, size, T):
 
     def decode(file):
         if gesture:  # tonic would cast whatever is in the file to events
-            x, y, p, t = np.load(file).T
+            with PARSER:
+                x, y, p, t = np.load(file).T
         else:
             events = tonic.io.read_aedat4(file)
             t, x, y, p = (events[field] for field in events.dtype.names)
@@ -54,8 +57,7 @@ def count(x, y, p, t, T):
     """Events -> how many there are at each pixel in each frame, (T, 2, SENSOR, SENSOR), int64.
     Of n events, in order of time, each frame receives n // T, and the last n % T are left out, as in tonic's ToFrame
     with n_event_bins. Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, a pixel beyond the sensor,
-    another polarity: a ValueError.
-    """
+    another polarity: a ValueError."""
     if len(t) < T:
         raise ValueError(f"{len(t)} events cannot make T={T} frames")
     for name, values, known in (("x", x, range(SENSOR)), ("y", y, range(SENSOR)), ("polarity", p, (-1, 0, 1))):
@@ -76,7 +78,6 @@ def parts(size):
 def area_weights(size):
     """(size, SENSOR): how many parts of each row of pixels lie in each row of cells, `weights @ frame @ weights.T`.
     An event is shared out among the cells that its pixel overlaps, by area, so that no cell is favoured: at 48 x 48 a
-    cell is 2 2/3 pixels wide. What is stored are whole numbers of parts of an event, `parts(size)`^2: ninths at 48.
-    """
+    cell is 2 2/3 pixels wide. What is stored are whole numbers of parts of an event, `parts(size)`^2: ninths at 48."""
     cell = np.arange(SENSOR * parts(size)) // (SENSOR * parts(size) // size)  # of each part of a row of pixels
     return (cell.reshape(SENSOR, -1) == np.arange(size)[:, None, None]).sum(2).astype(float)

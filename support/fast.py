@@ -2,8 +2,7 @@
 
 `accelerate(model)` puts a fused form in the place of a plain one only where the plain text is the one that the fused
 form was proven equal to (tests/test_fast.py). An edited equation has another fingerprint, a checksum of its syntax
-tree: then one line says so, and the plain form trains. How much time each form saves: results/speed.md.
-"""
+tree: then one line says so, and the plain form trains. How much time each form saves: results/speed.md."""
 
 import ast
 import ctypes
@@ -82,8 +81,7 @@ class _GainControl(torch.autograd.Function):
         dL/ds_I = w^T dL/dI_div          dL/dw = dL/dI_div s_I^T
 
     currents, (N, ..., n_E + n_I), holds g_E (I_EE - I_sub) and s_I of each position side by side: the rows of a matrix.
-    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or what is added to I_div. pool: also its mean.
-    """
+    w, (n_E, n_I), is W_EI with g_I in it, b_e (n_E,), eps "adaptive" or what is added to I_div. pool: also its mean."""
 
     @staticmethod
     def forward(ctx, currents, w, b_e, eps, pool):
@@ -314,7 +312,7 @@ def definitions(text):
 
 
 def fingerprint(function):
-    """A checksum of the syntax tree of a function. None if its text cannot be read, or is not what runs."""
+    """A checksum of a function without comments, docstrings, layout. None: its text cannot be read, or does not run."""
     loaded = inspect.unwrap(function)
     try:
         text = "".join(inspect.findsource(loaded)[0])
@@ -330,8 +328,7 @@ MODULES = (torch, F, nn, math)  # which the concept files use; another one under
 
 
 def functions_of(thing, place):
-    """All that a class or a function of the concept files leads to: {"lif.simulate": the function, ...}. place: the
-    name under which `thing` was found. It counts where that comes from no concept file."""
+    """All that a class or a function of the concept files leads to, {"lif.simulate": the function}. place: its name."""
     found, left = {}, [(thing, place)]
     while left:
         thing, place = left.pop()
@@ -376,7 +373,7 @@ def accelerate(model, batch=None):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for. Change
     functions and modules before; if you do so later, call it again.
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
-    Returns the functions that were edited, {"lif.simulate"}: each is printed, and what it computes stays plain."""
+    On a GPU it compiles. Returns the functions that were edited, {"lif.simulate"}: each is printed and stays plain."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
@@ -389,45 +386,62 @@ def accelerate(model, batch=None):
             differing |= names
             if not names:
                 module.__class__ = FORMS[type(module)]
-    if device == "cuda" and device not in KERNELS:
+    if device == "cuda" and device not in KERNELS and any(isinstance(module, FastLIF) for module in model.modules()):
         compile_on(device)
     for file, function in sorted(name.split(".", 1) for name in differing):
         print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
     return differing
 
 
-def compile_on(device):
-    """Has `torch.compile` make kernels for this type of device, if it can (on a GPU with Triton, which is there on
-    Linux), and if an example is the same with and without it, spikes and gradients. PyTorch keeps what was compiled."""
-    dynamo, inductor = torch._dynamo.config, torch._inductor.config
-    dynamo.specialize_float, dynamo.cache_size_limit = True, 64  # tau and theta are constants; variants of a function
-    torch.fx.experimental._config.use_duck_shape = False  # that two sizes are equal means nothing
-    torch._functorch.config.activation_memory_budget = 0  # what lies between inputs and results is not kept
+def kernel_of(function, device):
+    """What `torch.compile` makes of a function. Where that fails, the function runs as it is."""
     options = dict(max_pointwise_cat_inputs=0, max_complex_pointwise_cat_inputs=0)  # time steps share their kernel
     options |= dict(realize_reads_threshold=10**6, realize_opcount_threshold=10**6)
-    options = {name: value for name, value in options.items() if hasattr(inductor, name)}  # PyTorch 2.6 has three
-    x, found = torch.linspace(0, 3, 960, device=device).sin().abs().view(4, 3, 8, 10)[..., :8], []
-    sides = [side.detach().requires_grad_() for side in (x, 2 * x.flip(2), (x[0, 0, 0] - 0.5).expand(3, 8, 8))]
+    options = {name: value for name, value in options.items() if hasattr(torch._inductor.config, name)}
+    kernel = torch.compile(function, dynamic=True, options=options)
+    kernel = torch._functorch.config.patch(activation_memory_budget=0)(kernel)  # only what goes in is kept
+    kernel = torch.fx.experimental._config.patch(use_duck_shape=False)(kernel)  # that two sizes are equal means nothing
+    kernel = torch._dynamo.config.patch(specialize_float=True, cache_size_limit=64)(kernel)  # tau, theta; variants
+
+    def run(*args):
+        try:
+            return kernel(*args)
+        except Exception as error:  # no Triton, no C compiler: it fails in many ways
+            no_kernels(device, type(error).__name__)
+            return function(*args)
+
+    return run
+
+
+def no_kernels(device, why):
+    if KERNELS.pop(device, True):  # said once
+        print(f"torch.compile makes no kernels here ({why}): gain control and LIF run operation by operation")
+    KERNELS[device] = {}
+
+
+def compile_on(device):
+    """Has `torch.compile` make kernels for this type of device, if it can (on a GPU with Triton, which is there on
+    Linux), and if examples are the same with and without them, values and gradients. PyTorch keeps what it compiled."""
     try:
-        kernels = {f: torch.compile(f, dynamic=True, options=options) for f in (spikes, AvgPool.forward)}
-        for function in (spikes, kernels[spikes]):
-            s = function((4, 2.0, 1.0, 4.0), x.dtype, *sides, x[..., :1] > 0.1)
-            found.append([s, *torch.autograd.grad(s.cumsum(0).square().sum(), sides)])
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-        dynamo.suppress_errors = True  # a variant that cannot be compiled runs as it is
-    except Exception as error:  # no Triton, no C compiler: it fails in many ways
-        kernels, reason = {}, type(error).__name__
-        print(f"torch.compile makes no kernels here ({reason}): gain control and LIF run operation by operation")
-    KERNELS[device] = kernels
+        KERNELS[device] = kernels = {function: kernel_of(function, device) for function in (spikes, AvgPool.forward)}
+    except Exception as error:  # on systems that it does not know
+        return no_kernels(device, type(error).__name__)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, found = torch.linspace(0, 3, 960, device=device).sin().abs().view(4, 3, 8, 10)[..., :8], []
+        sides = [side.detach().requires_grad_() for side in (x, 2 * x.flip(2), (x[0, 0, 0] - 0.5).expand(3, 8, 8))]
+        for steps, pool in ((spikes, AvgPool.forward), kernels.values()):
+            out = [steps((4, 2.0, 1.0, 4.0), x.dtype, *sides, x[..., :1] > 0.1), pool(AvgPool(), sides[0][None])]
+            out.append(steps((4, 2.0, 1.0, 4.0), x.dtype, sides[0][:1]))
+            found.append([*out, *torch.autograd.grad(sum(part.cumsum(0).square().sum() for part in out), sides)])
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True)):
+        no_kernels(device, "they give other results")
 
 
 class Recorded:
-    """A training step of which CUDA keeps one graph: Python then starts the step, and not each of its 400 operations.
+    """A training step of which CUDA keeps one graph: Python then starts the step, and not each of its operations.
     step(network, optimizer, x, y, *more) -> tensors: it trains on a GPU and reads no number there. The first calls run
     it as it is, for the optimizer makes its state in them. Then it is recorded, and both ways are run from the same
-    state on the same batch. Where they differ, or recording fails, one line says so, and the step goes on as it is.
-    The optimizer's learning rates stay numbers; at each call they are copied to where the graph reads them.
-    """
+    state on the same batch. Where they differ, or recording fails, one line says so, and the step goes on as it is."""
 
     EAGER_CALLS = 3
 

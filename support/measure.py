@@ -88,8 +88,7 @@ def costs(model, x):
         all of DANN's; at each position and time step n_E n_I for I_sub, n_E n_I + n_I for I_div, n_E for the division,
         n_E for g_E; in BN-SNN, n_E. Of several weights from interneurons each acts in one of I_sub and I_div.
     parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others.
-    neurons_e, neurons_i: one for each map and position.
-    """
+    neurons_e, neurons_i: one for each map and position."""
     rows = []
 
     def count(module, args, out):

@@ -4,8 +4,7 @@
     official.save(model, "model.safetensors")                          runs in the authors' program
     python train.py --official CIFAR10-VGG8 --data cifar10             downloads one, tests it, makes a run folder
     python -m support.official --compare DIR                           DIR is a checkout of the authors' repository
-First: pip install -r requirements-official.txt. Nothing in such a file is executed.
-"""
+First: pip install -r requirements-official.txt. Nothing in such a file is executed."""
 
 import argparse
 import contextlib
@@ -45,9 +44,8 @@ DENSE = {**CONV, "w_ee": "{0}.weight_ee", "w_ie": "{0}.weight_ie"}
 def modules_of(encoder, frames):
     """The authors' names for the two modules of each circuit, in the order of `circuits`.
     In a VGG and an MLP they number all steps: the image repeated over time (not with frames), time merged into the
-    batch; of each layer its two modules, time split off, LIF, dropout (not in an MLP), time merged; each pooling;
-    flattening (not in an MLP).
-    """
+    batch; of each layer its two modules, time split off, LIF, dropout, time merged; each pooling; flattening (dropout
+    and flattening not in an MLP)."""
     if isinstance(encoder, ResNet18):
         pairs = [("conv1", "norm1")]
         for i, block in enumerate(encoder.blocks):
@@ -138,8 +136,7 @@ def describe(tensors, image_size=32):
 def load(path, arch=None, **options):
     """One of the authors' networks, from their model.safetensors or its folder: a network of `model.build`.
     options: of `model.build`, e.g. T and image_size. With an `arch` they say all; else sizes are those of the file.
-    ValueError: a tensor is missing, too many, or of another shape. OSError: there is no file.
-    """
+    ValueError: a tensor is missing, too many, or of another shape. OSError: there is no file."""
     tensors = read(path)
     told = dict(arch=arch) if arch else describe(tensors, options.get("image_size", 32))
     return fill(build(**told | options), tensors)
@@ -148,8 +145,7 @@ def load(path, arch=None, **options):
 def save(model, path, frames=False):
     """Writes an E-I network of `model.build` as the authors' program does; tau, theta and eps are not in such a file.
     frames: for their event networks, which count their layers from one less. A network from `load` keeps its names.
-    ValueError: their program has no such circuits. OSError: the file cannot be written.
-    """
+    ValueError: their program has no such circuits. OSError: the file cannot be written."""
     if not circuits(model):
         raise ValueError("only networks with E-I circuits are saved for the authors' program")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state_of(model, frames).items()}
@@ -211,7 +207,7 @@ def command(args, device):
 
 
 def theirs_like(model, folder, bn=False):
-    """A VGG of the authors' program with sizes and weights of one of ours, or their BN-SNN; `sgd`: their optimiser."""
+    """A VGG of the authors' program with sizes and weights of `model`, or their BN-SNN. Its `sgd`: their optimiser."""
     plan = [stage.circuit.n_e if hasattr(stage, "circuit") else "P" for stage in model.encoder.stages]
     depth, like = len(plan) - plan.count("P") + 3, model.readout.w_ee  # they count three dense layers
     how = dict(T=model.T, num_layers=depth, in_channels=model.in_channels, n_outputs=model.readout.n_e)
@@ -236,7 +232,7 @@ def theirs_like(model, folder, bn=False):
 
 
 def compare(folder, steps=100, width=0.25, batch_size=16):
-    """Trains a narrow VGG-8 on the digits beside the authors' program, from the same weights, at a constant rate, in
+    """Trains a narrow VGG-8 on the digits beside the authors' program, from the same weights, on the same batches, in
     float64. Prints the losses and how far any parameter is apart. Returns 0."""
     dataset, config = data.load("digits"), dict(seed=0, batch_size=batch_size)
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ def write_csv(path, rows):
 
 
 def save(figure, name, rows, out, legend=None, place="upper"):
-    """Writes name.png, name.pdf, and the rows (dicts) behind them as name.csv. legend: of this axis, outside of all."""
+    """Writes name.png, name.pdf, name.csv (the rows, dicts, behind them). legend: an axis whose legend is outside."""
     if legend:
         handles, labels = legend.get_legend_handles_labels()
         figure.legend(handles, labels, loc=f"outside {place} center", ncols=len(labels))
@@ -141,7 +141,7 @@ def plane(axis, rates, y, n_classes, title):
 
 
 def table(name, first, runs, out):
-    """Outcome and best epoch of each run, label -> (outcome, `runs.metrics`): text, Markdown, a picture with losses."""
+    """The best epoch of each run, label -> (outcome, `runs.metrics`), as text, Markdown, picture. first: a heading."""
     cells, rows = [[first, "outcome", "best epoch", "best on the test set"]], []
     figure, axes = panels(3.3 + 0.2 * len(runs), 2, width=5, height_ratios=(1, 1.6))
     top, bottom = axes[:, 0]

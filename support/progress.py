@@ -17,7 +17,7 @@ from support.runs import CHECKPOINT, fitting, outcome, restore
 
 @contextmanager
 def stop_requests():
-    """For a `with` block, Ctrl-C, SIGTERM and a closed terminal only add their number to a list (ignored: nothing)."""
+    """For a `with` block, Ctrl-C, SIGTERM and a closed terminal add their number to a list; ignored ones stay so."""
     received, before = [], {}
     if threading.current_thread() is threading.main_thread():  # no other thread receives signals
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -35,8 +35,7 @@ class Progress:
     """The state of a training, whose loop runs over `epochs` and `batches`. Everything is saved to `run`.
     state: of an earlier training, to go on with; None: it is new, and the model is initialised. give_up: end when the
     network is at chance for a third of its epochs. A ValueError if `state` is of another network, of other data or of
-    more epochs; nothing was written then.
-    """
+    more epochs; nothing was written then."""
 
     def __init__(self, run, config, dataset, model, optimizer, state=None, give_up=False):
         self.run, self.config, self.dataset, self.model, self.optimizer = run, config, dataset, model, optimizer

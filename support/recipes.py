@@ -17,8 +17,7 @@ from support.data import LOADERS
 
 # Each row says what differs from the rows above it, for the data, architectures and kinds of network that it names;
 # "*" is all. The learning rate rises linearly from `warmup_from` to `lr` in the first part of the training, one epoch
-# in `warmup_1_in` (0: in none), then falls along a cosine to 0, by iteration. So a training of fewer epochs is the same
-# schedule in proportion.
+# in `warmup_1_in` (0: in none), then falls along a cosine to 0, by iteration.
 RECIPES = [
     ("*", "*", "*", dict(epochs=300, batch_size=128, lr=0.001, warmup_1_in=10, warmup_from=1e-7)),
     ("*", "*", "*", dict(weight_decay=5e-4, clip_norm=0.0, T=4, image_size=32)),
@@ -73,7 +72,7 @@ def table():
 
 
 def settings(args):
-    """Every setting of a run: what is given on the command line, else from the recipe for data, arch and kind."""
+    """Every setting of a run: what is given, else from the recipe for data, arch and kind. ValueError: it cannot be."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
     data, arch, kind = (given.get(key, WHAT[key]) for key in ("data", "arch", "kind"))
     if odd := [key for key in LACKS[kind] if key in WHAT and given.get(key, WHAT[key]) != WHAT[key]]:

@@ -11,8 +11,7 @@
 
 Every file is written under another name and then renamed, so it is the old or the new one, whole. Ctrl-C, SIGTERM and a
 closed terminal lose nothing. A power cut or kill -9 loses the epoch in progress. Random numbers come from generators
-seeded by (seed, step), so on a CPU a resumed run ends with the same bits as one that was never stopped.
-"""
+seeded by (seed, step), so on a CPU a resumed run ends with the same bits as one that was never stopped."""
 
 import ast
 import csv
@@ -48,7 +47,7 @@ def replace(source, target):
 
 
 def write_atomically(path, content, keep=None):
-    """Writes bytes to a file, which is never seen half written. What was there is moved to the path `keep`, if any."""
+    """Writes bytes to a file, all or none (an OSError). What was there is moved to the path `keep`, if any."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -78,8 +77,7 @@ class Run:
     """A run folder. `create` makes a new one and `resume` goes on with one: both keep it from other processes until
     `close`. `Run(folder)` alone reads, also while another process trains.
     folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`).
-    ValueError, OSError: no such run, or a damaged one.
-    """
+    ValueError, OSError: no such run, or a damaged one."""
 
     def __init__(self, folder, config=None):
         self.folder = Path(folder).expanduser()
@@ -101,7 +99,7 @@ class Run:
 
     @classmethod
     def create(cls, folder, config, choose=False):
-        """A new run, locked. Where there is one in the folder: a ValueError, or (choose) folder-2, folder-3, ..."""
+        """A new run, locked. Where the folder holds one or is locked: a ValueError, or (choose) folder-2, ..."""
         for n in count(1):
             run = cls(folder if n == 1 else f"{folder}-{n}", config)
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +146,7 @@ class Run:
         return state
 
     def settings(self, given, free=("data_root",)):
-        """The settings, and what is `given` (None: not) of those that are free to change; data may have moved."""
+        """The settings, and what is `given` (None: not) of those that are `free`. A ValueError if others differ."""
         for key, value in self.config.items():
             if key not in free and given.get(key) not in (None, value):
                 raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}")
@@ -285,8 +283,7 @@ def outcome(accuracies, chance, nonfinite=False):
     """What became of a run with these test accuracies after each epoch, in the words of the paper's table on epsilon.
     "failed to converge": never above twice chance (or, where chance is more than a third, halfway from chance to 1).
     "collapsed (epoch N)": it was, and from epoch N (counted from 1) on stayed at most at 1.5 times chance, or became
-    `nonfinite` in epoch N. Else "converged".
-    """
+    `nonfinite` in epoch N. Else "converged"."""
     if not any(a > min(2 * chance, (1 + chance) / 2) for a in accuracies):
         return "failed to converge"
     low = len(accuracies)
@@ -338,8 +335,7 @@ def data_of(run):
 
 def differing(run, other):
     """What must be equal in two runs that are set side by side, and is not: names of settings, or "images"; a list.
-    Kinds of network may differ in what each has of its own, e.g. the learning rate. So may ablations and seeds.
-    """
+    Kinds of network may differ in what each has of its own, e.g. the learning rate. So may ablations and seeds."""
     kinds = {run.config["kind"], other.config["kind"]}
     free = {*FULL, "data_root", "seed"}.union(*map(LACKS.get, kinds), OWN if len(kinds) == 2 else ())
     found = [key for key in run.config if key not in free and run.config[key] != other.config.get(key)]
