@@ -39,8 +39,9 @@ def guard_gradients(loss, model):
     extremes = torch.stack([value for gradient in gradients for value in torch.aminmax(gradient)])  # NaN passes through
     finite = loss.detach().isfinite() & extremes.isfinite().all()
     if finite.is_cuda or not finite:
+        bad = ~finite  # ()
         for gradient in gradients:
-            gradient.masked_fill_(~finite, 0)
+            gradient.masked_fill_(bad, 0)
     return finite
 
 

@@ -189,7 +189,7 @@ def _decode(file, size):
 
 def _decoded(root, train, test, classes, shape, decode):
     """Pairs (file, name of its class) for training and testing -> the first five values that a loader returns.
-    decode(file) -> (*shape) takes minutes in all: its results are kept in `root`, under a checksum of all files."""
+    decode(file) -> (*shape) takes minutes in all: its results are kept in `root`, by a checksum of files, decoder."""
     if odd := sorted({name for _, name in test} ^ {name for _, name in train}):
         raise ValueError(f"{root}: the class {odd[0]!r} has no training image or no test image")
 
