@@ -12,7 +12,8 @@ from inhibition import EICircuit, EICircuit2d, clamp_dale
 
 
 def circuit_and_input(kind, density, **options):
-    """A circuit with weights of no symmetry, and spikes for it; the first sample is silent."""
+    """A circuit with weights of no symmetry, and spikes for it; the first sample is silent. Neuron 2 has no inhibition,
+    as Dale's law may leave it: I_div = 0 where I_EE > 0, so STE matters."""
     if kind == "2d":
         circuit, x = EICircuit2d(6, 8, 3, padding=1, **options), (torch.rand(5, 6, 7, 7) < density).float()
     else:
@@ -21,6 +22,7 @@ def circuit_and_input(kind, density, **options):
     with torch.no_grad():
         for p in circuit.parameters():
             p.mul_(torch.rand_like(p) + 0.5)
+        circuit.w_ei[2] = 0
         if not circuit.readout:
             circuit.b_e.normal_()
     x[0] = 0
@@ -107,25 +109,6 @@ def test_starts_with_the_absolute_values_of_kaiming():
     circuit = EICircuit2d(64, 512, 3)
     for w, fan_in in ((circuit.w_ee, 576), (circuit.w_ie, 576), (circuit.w_ei, 128)):
         assert (w >= 0).all() and w.square().mean().item() == pytest.approx(2 / fan_in, rel=0.02)
-
-
-@pytest.mark.parametrize("ste", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "2d"])
-def test_ste_reaches_the_division(kind, ste):
-    """Only where I_div = 0 although I_EE is not I_sub does it matter."""
-    circuit, x = circuit_and_input(kind, 0.05, ste=ste)
-    x = x.detach()[1:].requires_grad_()
-    with torch.no_grad():
-        x[:, :3] = 1  # no sample is silent
-        circuit.w_ei[2] = 0  # as Dale's law may leave it: I_div = 0, I_EE > 0
-    grad, found = torch.randn_like(circuit(x)), []
-    for form in (circuit, lambda x: equations(circuit, x)):
-        found.append(torch.autograd.grad(form(x), [x, *circuit.parameters()], grad))
-    circuit.ste = not ste
-    other = torch.autograd.grad(circuit(x), [x, *circuit.parameters()], grad)
-    for a, b in zip(*found, strict=True):
-        assert relative_error(a, b) < 1e-4
-    assert max(relative_error(a, b) for a, b in zip(other, found[0], strict=True)) > 0.01
 
 
 @pytest.mark.parametrize("kind", ["dense", "2d"])

@@ -237,7 +237,9 @@ SpikingEiVGG = SpikingVGG
 
 
 @pytest.fixture  # writes that program, one place of it changed; its modules are forgotten afterwards
-def stand_in(tmp_path):
+def stand_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
     def make(old="\0", new=""):
         for name, text in STAND_IN.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

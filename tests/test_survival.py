@@ -101,7 +101,7 @@ def test_killed_at_each_rename(renames, calm):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_an_epoch(how, calm):
-    process, killed = start(*TINY, "--out", "r", before=(slow, 0.3)), how == signal.SIGKILL
+    process, killed = start(*TINY, "--out", "r", before=(slow, 1.0)), how == signal.SIGKILL
     wait_for_an_epoch(process.is_alive)
     for command in ([*TINY, "--out", "r"], ["--resume", "r"]) * killed:  # a second process does no harm
         status, said = ended(*command)
