@@ -89,7 +89,8 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     """
     if state is None:
         prepare(config, dataset, model)  # E-I Init
-    edited = plain or accelerate(model)  # or the names of the equations that were changed
+    steps = config["epochs"] * len(dataset.train_y) // config["batch_size"]  # about
+    edited = plain or accelerate(model, compiled=steps > 5000)  # or the names of the equations that were changed
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)
@@ -125,7 +126,8 @@ def train_run(run, config, args, device, folder=None):
             dataset, model = load_data_and_model(config, device)
             size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large
             if size % parallel.world():
-                raise ValueError(f"a batch of {size} cannot be shared by {parallel.world()} processes")
+                n = parallel.world()
+                raise ValueError(f"a batch of {size} cannot be shared by {n} processes: give another --batch-size")
             if run is None:
                 run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)
         header(config, dataset, model, device)

@@ -212,7 +212,8 @@ def of_kinds(runs, kinds, take):
         with contextlib.suppress(ValueError):
             picked[kind] = runs.pick(kind=kind)
     if not picked:
-        raise ValueError(f"{runs.folder} has no run with kind={' or '.join(kinds)} and these settings")
+        said = f"{runs.folder} has no run with kind={' or '.join(kinds)} and these settings"
+        raise ValueError(f"{said}: reproduce.py trains them")
     return side_by_side(picked, take)
 
 
@@ -260,8 +261,7 @@ def draw_representation(args, runs):
     rows, points, last = [], [], {}
     looks = zip(networks.items(), (GREY, "black"), lower.subplots(1, 2), strict=True)
     for (when, network), color, plane in looks:
-        counts = [(layer["i_int"], layer["u"]) for layer in measure.histograms(network, x)]
-        densities = plots.density(np.array(counts, dtype=float))  # (layers, 2, bins)
+        densities = plots.density(measure.histograms(network, x).double().numpy())  # (layers, 2, bins)
         places = dict(when=[when], layer=range(1, n + 1), quantity=plots.QUANTITIES, bin_centre=plots.CENTRES)
         rows += long_rows("density", densities, **places)
         for (row, column), axis in np.ndenumerate(axes):

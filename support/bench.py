@@ -3,8 +3,7 @@ plain: the equations of `lif.py` and `inhibition.py`. fast: the fused forms, as 
 other kinds, accelerated too; DANN has no time, T = 1, and is not clipped here. bf16: as with `--precision bf16`.
 graph: the training step is recorded, as on a GPU. authors, authors bn: theirs, of a checkout that --authors DIR names.
 A ratio to `fast` is the median of the rounds' ratios, so that what disturbs the machine for a while disturbs both.
-`plain` and the authors' networks run with the C library's usual memory management, the others with `fast.keep_memory`.
-"""
+`plain` and the authors' networks run with the C library's usual management of memory, others by `fast.keep_memory`."""
 
 import copy
 import os
@@ -35,7 +34,7 @@ def networks(x, arch, T, authors=None):
             initialize(net, x)
         if kind == "ei":
             forms["plain"] = copy.deepcopy(net)
-        accelerate(net, x)
+        accelerate(net, x, compiled=True)
         forms |= {name: net, f"{name} bf16": copy.deepcopy(net)}
         use_bfloat16(forms[f"{name} bf16"])
     if authors:
@@ -92,17 +91,18 @@ def measure(contenders, seconds, device):
     """One round that warms up, then rounds until the time is up: {(name, "train" or "forward"): ms of each round}."""
     wait = getattr(torch, device.type).synchronize  # until a GPU has done its work; on a CPU it does nothing
     times = {(name, kind): [] for name in contenders for kind in ("train", "forward")}
-    begin, rounds = time.perf_counter(), 0
-    while rounds < 2 or (time.perf_counter() - begin) * (rounds + 1) / rounds < seconds:
-        rounds += 1
-        for name, kind in times:
+    for rounds in range(10**9):  # the first one warms up; on a GPU it compiles, for a minute or two
+        if rounds < 2:
+            begin = time.perf_counter()
+        elif (time.perf_counter() - begin) * rounds / (rounds - 1) > seconds:
+            return {key: ms[1:] for key, ms in times.items()}
+        for (name, kind), ms in times.items():
             keep_memory(name not in ("plain", "authors", "authors bn"))
             wait()
             start = time.perf_counter()
             getattr(contenders[name], kind)()
             wait()
-            times[name, kind].append(1e3 * (time.perf_counter() - start))
-    return {key: ms[1:] for key, ms in times.items()}
+            ms.append(1e3 * (time.perf_counter() - start))
 
 
 def show(contenders, times, device):

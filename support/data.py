@@ -127,10 +127,9 @@ def downloaded(kind, own, root, size, T):
         for empty in (root / kind.__name__ / "raw", root / kind.__name__, root):
             with suppress(OSError):  # it is none, or it is not empty
                 empty.rmdir()
-        raise OSError(
-            f"{kind.__name__} is not in --data-root {root}, or damaged, and cannot be downloaded: put the official "
-            f"{getattr(kind, 'filename', 'files')} there, or use --data digits ({' '.join(str(error).split())})"
-        ) from None
+        advice = f"put the official {getattr(kind, 'filename', 'files')} there, or use --data digits"
+        why = f"{kind.__name__} is not in --data-root {root}, or damaged, and cannot be downloaded"
+        raise OSError(f"{why}: {advice} ({' '.join(str(error).split())})") from None
     finally:
         socket.setdefaulttimeout(before)
     splits = []

@@ -1,8 +1,6 @@
-"""Fused forms of the plain equations: the same results with fewer operations.
-
-`accelerate(model)` puts a fused form in the place of a plain one only where the plain text is the one that the fused
-form was proven equal to (tests/test_fast.py). An edited equation has another fingerprint, a checksum of its syntax
-tree: then one line says so, and the plain form trains. How much time each form saves: results/speed.md."""
+"""Fused forms of the plain equations, with the same results (tests/test_fast.py); what each saves: results/speed.md.
+`accelerate(model)` puts one in the place of a plain form only where the text is the one that it was proven equal to.
+An edited equation has another fingerprint, a checksum of its syntax tree: one line says so, the plain form trains."""
 
 import ast
 import ctypes
@@ -116,8 +114,7 @@ class _GainControl(torch.autograd.Function):
 
 class FastCircuit(EICircuit):
     def forward(self, x, pool=False, divided=True):
-        """I_int, or with the pool `Homeostasis.quotient`. Not divided: what `_GainControl` takes, with rounding noise
-        where no neuron is active."""
+        """I_int, or with the pool `Homeostasis.quotient`. Not divided: what `_GainControl` takes, not yet exactly 0."""
         w_ie, w_ei, g_i = self.inhibitory_parameters()
         w = self.w_ee - (w_ei @ w_ie.flatten(1)).view_as(self.w_ee)  # I_EE - I_sub = w * x, for s_I is linear in x
         if not self.readout:  # g_E scales what the division scales
@@ -210,8 +207,7 @@ class FastLayer(Layer):
         if still:  # one step is expanded over time; the gradient of that is a sum, fast with channels last
             current = current.movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
-        # With autocast, the membrane keeps 32 bits.
-        current = current.to(torch.promote_types(current.dtype, next(self.parameters(), x).dtype))
+        current = current.to(torch.promote_types(current.dtype, next(self.parameters(), x).dtype))  # 32 bits
         current = current if usual else current.clone(memory_format=torch.contiguous_format)
         return self.neuron(current.unflatten(0, (T, B)))
 
@@ -230,10 +226,14 @@ class FastLayer(Layer):
         return s.view(T, B, *current.shape[2:], -1).movedim(-1, 2)
 
 
+def halved(x):  # of four axes: with five, what is compiled would copy its gradient
+    return F.avg_pool2d(x, 2)
+
+
 class FastAvgPool(AvgPool):
     def forward(self, x):
         if x.is_cuda or x.device.type in KERNELS:  # interpolation was not tried there
-            return KERNELS.get(x.device.type, {}).get(AvgPool.forward, AvgPool.forward)(self, x)
+            return KERNELS.get(x.device.type, {}).get(halved, halved)(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         half = F.interpolate(x.flatten(0, 1), scale_factor=0.5, mode="bilinear")  # between two pixels: their mean
         return half.unflatten(0, x.shape[:2])
 
@@ -298,11 +298,8 @@ def checksum(tree):
 @lru_cache
 def definitions(text):
     """The functions in the text of a file: (name, first line) -> (syntax tree, code)."""
-    trees = {
-        (n.name, min(part.lineno for part in (n, *n.decorator_list))): n
-        for n in ast.walk(ast.parse(text))
-        if isinstance(n, ast.FunctionDef)
-    }
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    trees = {(f.name, min(part.lineno for part in (f, *f.decorator_list))): f for f in functions}
     codes, left = {}, [compile(text, "", "exec", dont_inherit=True)]
     while left:
         code = left.pop()
@@ -369,11 +366,12 @@ def edited(module):
     return changed | {f"{place}.{name}" for name in own}
 
 
-def accelerate(model, batch=None):
+def accelerate(model, batch=None, compiled=False):
     """Puts the fused forms in the place of the plain ones, where the plain text is the one that they stand for. Change
-    functions and modules before; if you do so later, call it again.
+    functions and modules before; if you do so later, call it again. Returns the functions that were edited,
+    {"lif.simulate"}: each is printed and stays plain.
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
-    On a GPU it compiles. Returns the functions that were edited, {"lif.simulate"}: each is printed and stays plain."""
+    compiled: also compile, on a GPU, which takes up to a minute: worth it for thousands of steps."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
@@ -386,7 +384,7 @@ def accelerate(model, batch=None):
             differing |= names
             if not names:
                 module.__class__ = FORMS[type(module)]
-    if device == "cuda" and device not in KERNELS and any(isinstance(module, FastLIF) for module in model.modules()):
+    if compiled and device == "cuda" and device not in KERNELS:
         compile_on(device)
     for file, function in sorted(name.split(".", 1) for name in differing):
         print(f"{file}.py: {function} is not the text that support/fast.py was written for, so the plain form runs")
@@ -394,14 +392,22 @@ def accelerate(model, batch=None):
 
 
 def kernel_of(function, device):
-    """What `torch.compile` makes of a function. Where that fails, the function runs as it is."""
-    options = dict(max_pointwise_cat_inputs=0, max_complex_pointwise_cat_inputs=0)  # time steps share their kernel
-    options |= dict(realize_reads_threshold=10**6, realize_opcount_threshold=10**6)
-    options = {name: value for name, value in options.items() if hasattr(torch._inductor.config, name)}
-    kernel = torch.compile(function, dynamic=True, options=options)
-    kernel = torch._functorch.config.patch(activation_memory_budget=0)(kernel)  # only what goes in is kept
-    kernel = torch.fx.experimental._config.patch(use_duck_shape=False)(kernel)  # that two sizes are equal means nothing
-    kernel = torch._dynamo.config.patch(specialize_float=True, cache_size_limit=64)(kernel)  # tau, theta; variants
+    """What `torch.compile` makes of a function, anew for each shape: one for all shapes has twice the instructions, and
+    is cut for the first that it meets. Where compiling fails, the function runs as it is."""
+    from torch._dynamo import config as dynamo  # here, for it takes a second
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    def known(config, **values):  # to this version of PyTorch
+        return {name: value for name, value in values.items() if hasattr(config, name)}
+
+    together = dict(max_pointwise_cat_inputs=0, max_complex_pointwise_cat_inputs=0)  # time steps share their kernel
+    options = known(inductor, realize_reads_threshold=10**6, realize_opcount_threshold=10**6, **together)
+    kernel = torch.compile(function, dynamic=False, options=options)
+    # Only what goes in is kept, and the backward pass is compiled with the forward one, where errors are caught.
+    backward = known(functorch, activation_memory_budget=0, force_non_lazy_backward_lowering=True)
+    limits = dict(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # of variants
+    kernel = dynamo.patch(specialize_float=True, **limits)(functorch.patch(backward)(kernel))  # floats: tau, theta
 
     def run(*args):
         try:
@@ -419,20 +425,21 @@ def no_kernels(device, why):
     KERNELS[device] = {}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def compile_on(device):
     """Has `torch.compile` make kernels for this type of device, if it can (on a GPU with Triton, which is there on
     Linux), and if examples are the same with and without them, values and gradients. PyTorch keeps what it compiled."""
+    x, found = torch.linspace(0, 3, 960, device=device).sin().abs().view(4, 3, 8, 10)[..., :8], []
+    sides = [side.detach().requires_grad_() for side in (x, 2 * x.flip(2), (x[0, 0, 0] - 0.5).expand(3, 8, 8))]
     try:
-        KERNELS[device] = kernels = {function: kernel_of(function, device) for function in (spikes, AvgPool.forward)}
-    except Exception as error:  # on systems that it does not know
-        return no_kernels(device, type(error).__name__)
-    with torch.inference_mode(False), torch.enable_grad():
-        x, found = torch.linspace(0, 3, 960, device=device).sin().abs().view(4, 3, 8, 10)[..., :8], []
-        sides = [side.detach().requires_grad_() for side in (x, 2 * x.flip(2), (x[0, 0, 0] - 0.5).expand(3, 8, 8))]
-        for steps, pool in ((spikes, AvgPool.forward), kernels.values()):
-            out = [steps((4, 2.0, 1.0, 4.0), x.dtype, *sides, x[..., :1] > 0.1), pool(AvgPool(), sides[0][None])]
+        KERNELS[device] = kernels = {function: kernel_of(function, device) for function in (spikes, halved)}
+        for steps, pool in ((spikes, halved), kernels.values()):
+            out = [steps((4, 2.0, 1.0, 4.0), x.dtype, *sides, x[..., :1] > 0.1), pool(sides[0])]
             out.append(steps((4, 2.0, 1.0, 4.0), x.dtype, sides[0][:1]))
             found.append([*out, *torch.autograd.grad(sum(part.cumsum(0).square().sum() for part in out), sides)])
+    except Exception as error:  # also on systems that it does not know
+        return no_kernels(device, type(error).__name__)
     if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True)):
         no_kernels(device, "they give other results")
 
@@ -489,7 +496,7 @@ class Recorded:
             if all((a.double() - b.double()).norm() <= 1e-3 * b.double().norm() for a, b in pairs):
                 return found
             reason = "it gives other results"
-        except RuntimeError as error:
+        except Exception as error:  # of CUDA, of the compiler, of a step of your own
             reason = str(error).strip().partition("\n")[0]
         print(f"the training step is not recorded as a CUDA graph ({reason}), so it runs operation by operation")
         self.graph = None

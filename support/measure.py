@@ -28,12 +28,12 @@ def hooked(model, hooks, training=False):
 
 
 @torch.no_grad()
-def evaluate(model, x, y, batch_size=100):
+def evaluate(model, x, y):
     """Tests a network on x, (N, ...), and y, (N,), as `data.Dataset` holds them. Returns mean loss (NaN if a parameter
     is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
     T = getattr(model, "module", model).T  # of an averaged model, too
-    batch_size = batch_size if x.is_cpu else 1000  # a GPU is the faster the fewer operations it has to start
-    batch_size = max(1, min(batch_size, 1000 // T))  # frames take memory in proportion to T
+    most = max(1, min(100 if x.is_cpu else 1000, 1000 // T))  # a GPU likes few operations; T costs memory
+    n = max(1, -(-len(parallel.share(y)) // most))  # batches, nearly equal: kernels are compiled for each size
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
 
     def count(layer, inputs, spikes, i):  # spikes: (T, B, n_E, H, W)
@@ -42,7 +42,7 @@ def evaluate(model, x, y, batch_size=100):
     parallel.same_buffers(model)
     if not is_finite(model):
         sums[0] = torch.nan  # a potential that is NaN is no spike, so the logits may be finite
-    batches = zip(parallel.share(x).split(batch_size), parallel.share(y).split(batch_size), strict=True)
+    batches = zip(*(parallel.share(samples).tensor_split(n) for samples in (x, y)), strict=True)
     with hooked(model, [m.register_forward_hook(partial(count, i=i)) for i, m in enumerate(layers(model))]):
         for images, labels in batches:
             logits = model(data.to_input(images).to(next(model.parameters()))).float()
@@ -60,8 +60,7 @@ def is_finite(model):
 def first_nonfinite(model, x, y):
     """The name of what is not finite in a training step with images x and labels y.
     The first layer, in forward order, with such a parameter or value; else "loss", if it is not finite; else, since
-    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; else "none left".
-    """
+    gradients run backwards, the last parameter with such a gradient: "readout.w_ee (its gradient)"; or "none left"."""
     found = []
 
     def check(module, _, out, name):
@@ -82,13 +81,12 @@ def first_nonfinite(model, x, y):
 @torch.no_grad()
 def costs(model, x):
     """What a network costs on images x where it runs by spikes, as its equations say: a list of dicts, a layer each.
-    firing_rate: spikes per neuron and time step; of the readout, None.
+    firing_rate: spikes per neuron and time step; of the readout, None. neurons_e, neurons_i: one a map and position.
     accumulates: per image, each presynaptic spike (or the mean of pooled ones) once at each of its targets, E and I.
     multiplies: multiply-accumulates per image. The synapses of the first layer, once where the image stands still, and
         all of DANN's; at each position and time step n_E n_I for I_sub, n_E n_I + n_I for I_div, n_E for the division,
         n_E for g_E; in BN-SNN, n_E. Of several weights from interneurons each acts in one of I_sub and I_div.
-    parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others.
-    neurons_e, neurons_i: one for each map and position."""
+    parameters_e, parameters_i: W_EE, g_E, b_E, or all where there are no interneurons; and all others."""
     rows = []
 
     def count(module, args, out):
@@ -180,14 +178,14 @@ BINS = dict(low=-6.0, high=6.0, n=120)  # of the histograms below, in the units 
 
 
 def histogram(values):
-    """Counts of values in `BINS`: a list. What lies outside is counted in the outermost bins, NaN nowhere."""
+    """Counts of values in `BINS`, (bins,). What lies outside is counted in the outermost bins, NaN nowhere."""
     low, high, n = BINS.values()
     values = values[~values.isnan()].clamp(low, high)
-    return torch.bincount(((values - low) * (n / (high - low))).long().clamp(max=n - 1), minlength=n).tolist()
+    return torch.bincount(((values - low) * (n / (high - low))).long().clamp(max=n - 1), minlength=n)
 
 
 def histograms(model, x):
-    """How I_int and the membrane potential of each layer are distributed on x: a list of dicts of counts."""
+    """How I_int and the membrane potential of each layer are distributed on x: counts (layers, 2, bins) on the CPU."""
     found = []
-    observe(model, x, lambda i, current, u, spikes: found.append(dict(i_int=histogram(current), u=histogram(u))))
-    return found
+    observe(model, x, lambda i, current, u, spikes: found.append(torch.stack([histogram(current), histogram(u)])))
+    return torch.stack(found).cpu()

@@ -44,8 +44,8 @@ DENSE = {**CONV, "w_ee": "{0}.weight_ee", "w_ie": "{0}.weight_ie"}
 def modules_of(encoder, frames):
     """The authors' names for the two modules of each circuit, in the order of `circuits`.
     In a VGG and an MLP they number all steps: the image repeated over time (not with frames), time merged into the
-    batch; of each layer its two modules, time split off, LIF, dropout, time merged; each pooling; flattening (dropout
-    and flattening not in an MLP)."""
+    batch; of each layer its two modules, time split off, LIF, dropout, time merged; each pooling; flattening. (An MLP
+    has no dropout and no flattening.)"""
     if isinstance(encoder, ResNet18):
         pairs = [("conv1", "norm1")]
         for i, block in enumerate(encoder.blocks):

@@ -33,9 +33,8 @@ def stop_requests():
 
 class Progress:
     """The state of a training, whose loop runs over `epochs` and `batches`. Everything is saved to `run`.
-    state: of an earlier training, to go on with; None: it is new, and the model is initialised. give_up: end when the
-    network is at chance for a third of its epochs. A ValueError if `state` is of another network, of other data or of
-    more epochs; nothing was written then."""
+    state: of an earlier training, to go on with; None: a new one. give_up: end when it is at chance for a third
+    of its epochs. ValueError: `state` is of another network, other data or more epochs; nothing was written then."""
 
     def __init__(self, run, config, dataset, model, optimizer, state=None, give_up=False):
         self.run, self.config, self.dataset, self.model, self.optimizer = run, config, dataset, model, optimizer

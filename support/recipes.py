@@ -133,14 +133,12 @@ def folder(text):
 
 def add_settings(p):
     """The options that are settings of a run. What is not given is None; `settings` fills it in from the recipe."""
-    yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--arch", choices=ARCHS, help="network (vgg8)")
     p.add_argument("--plan", type=lambda text: "-".join(re.findall(r"[^\s,-]+", text)), help='layers, "16 P 32 P"')
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: rivals; homeostasis: added (ei)")
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", type=lambda text: folder(text) and text, help="where the dataset is or goes (./data)")
-    names = ["auto", *AUGMENTATIONS]
-    p.add_argument("--augment", choices=names, help="of training data (auto: the paper's; of a folder none)")
+    p.add_argument("--augment", choices=["auto", *AUGMENTATIONS], help="(auto: the paper's; of a folder none)")
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
     p.add_argument("--width", type=times, help="multiplies the number of maps of each layer (1)")
     p.add_argument("--ei-ratio", type=count, help="excitatory neurons for each inhibitory one (4)")
@@ -156,8 +154,8 @@ def add_settings(p):
     p.add_argument("--clip-norm", type=non_negative, help="largest norm of the gradient, 0: any (dann 1, else 0)")
     p.add_argument("--T", type=count, help="time steps (4), frames of events (10, 16)")
     p.add_argument("--eps", type=epsilon, help=f"{', '.join(STABILIZERS)}, or a constant added to I_div (adaptive)")
-    p.add_argument("--ste", action=yes_or_no, help="straight-through estimator (yes)")
-    p.add_argument("--grad-scaling", action=yes_or_no, help="W_EI's, by 1/d (yes)")
+    p.add_argument("--ste", action=argparse.BooleanOptionalAction, help="straight-through estimator (yes)")
+    p.add_argument("--grad-scaling", action=argparse.BooleanOptionalAction, help="W_EI's, by 1/d (yes)")
     p.add_argument("--init", choices=["ei", "kaiming"], help="E-I Init, or absolute values of Kaiming's (ei)")
     p.add_argument("--seed", type=whole, help="0")
     p.add_argument("--precision", choices=["float32", "bf16"], help="of convolutions and products (float32)")
@@ -230,7 +228,9 @@ def status(command, rank="0"):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         said = " ".join(str(error).split())[:1000]
         if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", said):
-            said = f"not enough memory; take a smaller network, smaller images or a smaller --batch-size. {said}"
+            said = f"not enough memory; take a smaller network, image, --batch-size or --T. {said}"
+        elif isinstance(error, OSError) and error.filename:
+            said = f"{error.filename} cannot be used ({error.strerror}): mend that, or give another path"
         elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
             raise  # an error of the program
         elif type(error) is ValueError:  # of Python or torch, in a line that a reader changed: it names no place

@@ -75,9 +75,8 @@ def equations():
 
 class Run:
     """A run folder. `create` makes a new one and `resume` goes on with one: both keep it from other processes until
-    `close`. `Run(folder)` alone reads, also while another process trains.
-    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`).
-    ValueError, OSError: no such run, or a damaged one."""
+    `close`. `Run(folder)` alone reads, also while another process trains. ValueError, OSError: none, or a damaged one.
+    folder, config, data: its path, its settings, and what is remembered of its data (`data.identity`)."""
 
     def __init__(self, folder, config=None):
         self.folder = Path(folder).expanduser()
@@ -149,7 +148,7 @@ class Run:
         """The settings, and what is `given` (None: not) of those that are `free`. A ValueError if others differ."""
         for key, value in self.config.items():
             if key not in free and given.get(key) not in (None, value):
-                raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}")
+                raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}: leave this option out")
         return self.config | {key: given[key] for key in free if given.get(key) is not None}
 
     def say_other_equations(self):
@@ -282,8 +281,7 @@ def prepare(config, dataset, model):
 def outcome(accuracies, chance, nonfinite=False):
     """What became of a run with these test accuracies after each epoch, in the words of the paper's table on epsilon.
     "failed to converge": never above twice chance (or, where chance is more than a third, halfway from chance to 1).
-    "collapsed (epoch N)": it was, and from epoch N (counted from 1) on stayed at most at 1.5 times chance, or became
-    `nonfinite` in epoch N. Else "converged"."""
+    "collapsed (epoch N)": it was, and from epoch N on is at most 1.5 times chance, or `nonfinite`. Else "converged"."""
     if not any(a > min(2 * chance, (1 + chance) / 2) for a in accuracies):
         return "failed to converge"
     low = len(accuracies)
@@ -322,8 +320,8 @@ def metrics(run):
 
 def histograms(run):
     """The histograms in a run's checkpoint, of I_int and u, as an array of counts: (epochs + 1, layers, 2, bins)."""
-    epochs = run.load()["histograms"]
-    return np.array([[(layer["i_int"], layer["u"]) for layer in layers] for layers in epochs], dtype=float)
+    with explained(f"{run.folder / CHECKPOINT} is of another version of the program"):
+        return torch.stack(run.load()["histograms"]).double().numpy()
 
 
 def data_of(run):

@@ -102,7 +102,7 @@ CASES = [(arch, dict(kind=kind)) for arch in ARCHS for kind in KINDS]
 CASES += [(arch, options) for arch in SIZES for options in OPTIONS] + [("vgg8", dict(kind="bn", frames=True))]
 
 
-NOT_COMPILED = {fast.spikes: fast.spikes, AvgPool.forward: AvgPool.forward}  # the text of the kernels runs as it is
+NOT_COMPILED = {fast.spikes: fast.spikes, fast.halved: fast.halved}  # the text of the kernels runs as it is
 
 
 @DEVICES
@@ -138,7 +138,7 @@ def test_what_is_compiled_equals_plain(device, monkeypatch, capsys):
     monkeypatch.setattr(fast, "KERNELS", {})
     fast.compile_on(device)
     for kind, shape in (("ei", (3, 3, 32, 32)), ("bn", (3, 4, 3, 32, 32))):  # still images, frames
-        model = varied(build("vgg8", kind=kind, width=0.1).double().to(device))
+        model = varied(build("vgg8", kind=kind, plan=[5, "P", 8]).double().to(device))
         batch = torch.rand(shape, device=device).double()
         batch[0], batch[1, ..., :9] = 0, 0  # a silent sample, and silent positions
         assert assert_equal(model, batch)
@@ -159,7 +159,22 @@ def broken_later(function, **options):
     return lambda *args: broken(function)
 
 
+class BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return broken(None)
+
+
+def broken_backward(function, **options):
+    return lambda *args: BrokenBackward.apply(function(*args))
+
+
 COMPILERS = [(broken, "RuntimeError"), (broken_later, "RuntimeError"), (other, "they give other results")]
+COMPILERS += [(broken_backward, "RuntimeError")]
 
 
 @pytest.mark.parametrize("compiler, why", COMPILERS)
@@ -217,7 +232,7 @@ def trained(recorded, device="cpu", steps=8):
     model = build("vgg8", width=0.1, T=2).to(device)
     x, y = torch.rand(steps, 8, 3, 32, 32).to(device), torch.randint(10, (steps, 8)).to(device)
     initialize(model, x[0])
-    accelerate(model)
+    accelerate(model, compiled=True)
     optimizer = torch.optim.SGD([dict(params=[p], lr=0.1) for p in model.parameters()], momentum=0.9, fused=True)
     step, gave = recorded(train_step), []
     for i in range(steps):

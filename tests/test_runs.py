@@ -38,6 +38,11 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+def test_histograms_of_another_version_are_one_line(run):
+    with pytest.raises(ValueError, match="is of another version of the program"):
+        runs.histograms(run)
+
+
 def names(folder):
     return sorted(file.name for file in folder.iterdir())
 

@@ -173,7 +173,7 @@ def test_the_run_folder_and_what_is_printed(finished, capsys):
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and list(table[0])[-1] == "rate_3"
     assert result(finished)["epochs"] == 3 and result(finished)["test_accuracy"] == float(table[2]["test_accuracy"])
     assert len(recorded) == 4 and len(recorded[0]) == 3 and sgd[0]["momentum"] == 0.9  # before and after epochs; layers
-    assert sum(recorded[3][2]["i_int"]) == sum(recorded[3][2]["u"]) == 30 * 20 * 2  # neurons, test images, time steps
+    assert recorded[3][2].sum(1).tolist() == [30 * 20 * 2] * 2  # neurons, test images, time steps
     best = max(table, key=lambda row: float(row["test_accuracy"]))
     capsys.readouterr()
     assert main("--eval", finished) == 0
@@ -239,6 +239,16 @@ def test_a_longer_schedule(finished, monkeypatch, capsys):
     assert result(finished)["epochs"] == result(finished)["config"]["epochs"] == len(rows(finished)) == 5
     assert float(rows(finished)[4]["lr"]) == train.learning_rate(Run(finished).config, 5 * STEPS - 1, STEPS)
     assert "has 5 epochs behind it" in fails(capsys, "--resume", finished, "--epochs", 4)
+
+
+@pytest.mark.parametrize("epochs, compiled", [(5000 // STEPS, False), (5000 // STEPS + 1, True)])
+def test_a_long_training_is_compiled(epochs, compiled, monkeypatch, capsys, tmp_path):
+    def accelerate(model, compiled):
+        raise ValueError(f"compiled: {compiled}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "accelerate", accelerate)
+    assert f"compiled: {compiled}" in fails(capsys, *TINY, "--epochs", epochs)
 
 
 REFUSED = {

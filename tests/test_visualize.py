@@ -152,7 +152,7 @@ def test_evolution(suite):
     with Image.open(suite / "figures" / "evolution.gif") as gif:
         assert gif.n_frames == 2  # before and after the epoch
     dataset, net = trained(suite)
-    counts = np.array(measure.histograms(net, data.to_input(dataset.test_x))[1]["u"])
+    counts = measure.histograms(net, data.to_input(dataset.test_x))[1, 1].numpy()  # layer 2, u
     found = found_in(rows, "density", epoch="1", layer="2", quantity="u")
     assert found == pytest.approx(list(counts / counts.sum() / 0.1)) and len(rows) == 2 * 2 * 2 * 120
 
