@@ -91,7 +91,7 @@ def measure(contenders, seconds, device):
     """One round that warms up, then rounds until the time is up: {(name, "train" or "forward"): ms of each round}."""
     wait = getattr(torch, device.type).synchronize  # until a GPU has done its work; on a CPU it does nothing
     times = {(name, kind): [] for name in contenders for kind in ("train", "forward")}
-    for rounds in range(10**9):  # the first one warms up; on a GPU it compiles, for a minute or two
+    for rounds in range(10**9):  # the first one warms up; on a GPU kernels are compiled in it
         if rounds < 2:
             begin = time.perf_counter()
         elif (time.perf_counter() - begin) * rounds / (rounds - 1) > seconds:
@@ -132,13 +132,13 @@ def run(argv):
     if args.authors and not args.arch.startswith("vgg"):
         raise ValueError(f"--authors measures VGGs, and --arch {args.arch} is none")
     device = pick_device(args.device)
+    print(f"{args.arch}, batch {args.batch_size}, T = {args.T}, {device}, {torch.get_num_threads()} CPU threads")
     torch.manual_seed(0)
     x = torch.rand(args.batch_size, 3, 32, 32, device=device)
     contenders = {name: Contender(net, x) for name, net in networks(x, args.arch, args.T, args.authors).items()}
     if device.type == "cuda":
         ours = [name for name in contenders if not name.startswith(("plain", "authors"))]
         contenders |= {f"{n} graph": Contender(copy.deepcopy(contenders[n].model), x, graph=True) for n in ours}
-    print(f"{args.arch}, batch {args.batch_size}, T = {args.T}, {device}, {torch.get_num_threads()} CPU threads")
     show(contenders, measure(contenders, args.seconds, device), device)
     return 0
 

@@ -10,6 +10,7 @@ import math
 import sys
 from functools import lru_cache, partialmethod
 from pathlib import Path
+from threading import Lock
 from types import CodeType, FunctionType, NoneType
 
 import torch
@@ -171,6 +172,7 @@ def is_usual(layer):
     return not own and all(type(m) in USUAL for m in parts) and (eps == "adaptive" or eps not in ei_prop.STABILIZERS)
 
 
+ONE_AT_A_TIME = Lock()
 KERNELS = {}  # type of a device -> {function: the same by `torch.compile`}, empty where that fails
 
 
@@ -371,7 +373,7 @@ def accelerate(model, batch=None, compiled=False):
     functions and modules before; if you do so later, call it again. Returns the functions that were edited,
     {"lif.simulate"}: each is printed and stays plain.
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
-    compiled: also compile, on a GPU, which takes up to a minute: worth it for thousands of steps."""
+    compiled: also compile, on a GPU, about a minute: worth it for thousands of steps; all later networks, too."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
@@ -398,20 +400,18 @@ def kernel_of(function, device):
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    def known(config, **values):  # to this version of PyTorch
-        return {name: value for name, value in values.items() if hasattr(config, name)}
-
-    together = dict(max_pointwise_cat_inputs=0, max_complex_pointwise_cat_inputs=0)  # time steps share their kernel
-    options = known(inductor, realize_reads_threshold=10**6, realize_opcount_threshold=10**6, **together)
+    options = dict(max_pointwise_cat_inputs=0, max_complex_pointwise_cat_inputs=0)  # time steps share their kernel
+    options |= dict(realize_reads_threshold=10**6, realize_opcount_threshold=10**6)
+    options = {name: value for name, value in options.items() if hasattr(inductor, name)}
     kernel = torch.compile(function, dynamic=False, options=options)
-    # Only what goes in is kept, and the backward pass is compiled with the forward one, where errors are caught.
-    backward = known(functorch, activation_memory_budget=0, force_non_lazy_backward_lowering=True)
-    limits = dict(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # of variants
-    kernel = dynamo.patch(specialize_float=True, **limits)(functorch.patch(backward)(kernel))  # floats: tau, theta
+    # Only what goes in is kept, and the backward pass is compiled at once, where errors are caught (or not at all).
+    kernel = functorch.patch(activation_memory_budget=0, force_non_lazy_backward_lowering=True)(kernel)
+    kernel = dynamo.patch(specialize_float=True, cache_size_limit=1024, accumulated_cache_size_limit=1024)(kernel)
 
     def run(*args):
         try:
-            return kernel(*args)
+            with ONE_AT_A_TIME:  # else PyTorch 2.11 does not undo the settings
+                return kernel(*args)
         except Exception as error:  # no Triton, no C compiler: it fails in many ways
             no_kernels(device, type(error).__name__)
             return function(*args)
@@ -426,7 +426,6 @@ def no_kernels(device, why):
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()
 def compile_on(device):
     """Has `torch.compile` make kernels for this type of device, if it can (on a GPU with Triton, which is there on
     Linux), and if examples are the same with and without them, values and gradients. PyTorch keeps what it compiled."""

@@ -31,8 +31,7 @@ def hooked(model, hooks, training=False):
 def evaluate(model, x, y):
     """Tests a network on x, (N, ...), and y, (N,), as `data.Dataset` holds them. Returns mean loss (NaN if a parameter
     is not finite), accuracy in [0, 1], and the firing rate (spikes per neuron and time step) of each layer."""
-    T = getattr(model, "module", model).T  # of an averaged model, too
-    most = max(1, min(100 if x.is_cpu else 1000, 1000 // T))  # a GPU likes few operations; T costs memory
+    most = max(1, min(100 if x.is_cpu else 1000, 1000 // getattr(model, "module", model).T))  # T costs memory
     n = max(1, -(-len(parallel.share(y)) // most))  # batches, nearly equal: kernels are compiled for each size
     sums = torch.zeros(2 + len(layers(model)), device=x.device)  # of the loss, correct answers, firing rates
 

@@ -226,11 +226,12 @@ def status(command, rank="0"):
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:1000]
+        text = str(error)
+        if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror and not error.filename2:
+            text = f"{error.filename} cannot be used ({error.strerror}): mend that, or give another path"
+        said = " ".join(text.split())[:1000]
         if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", said):
             said = f"not enough memory; take a smaller network, image, --batch-size or --T. {said}"
-        elif isinstance(error, OSError) and error.filename:
-            said = f"{error.filename} cannot be used ({error.strerror}): mend that, or give another path"
         elif isinstance(error, RuntimeError) and "home directory" not in said:  # that is of a path ~nobody/...
             raise  # an error of the program
         elif type(error) is ValueError:  # of Python or torch, in a line that a reader changed: it names no place

@@ -320,8 +320,9 @@ def metrics(run):
 
 def histograms(run):
     """The histograms in a run's checkpoint, of I_int and u, as an array of counts: (epochs + 1, layers, 2, bins)."""
-    with explained(f"{run.folder / CHECKPOINT} is of another version of the program"):
-        return torch.stack(run.load()["histograms"]).double().numpy()
+    found = run.load()["histograms"]
+    with explained(f"{run.folder} was begun by another version of the program, so there are no histograms"):
+        return torch.stack(found).double().numpy()
 
 
 def data_of(run):

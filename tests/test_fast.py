@@ -144,7 +144,12 @@ def test_what_is_compiled_equals_plain(device, monkeypatch, capsys):
         assert assert_equal(model, batch)
         with torch.inference_mode():
             torch.testing.assert_close(fused(model.eval())(batch), model(batch))
-    assert fast.KERNELS[device] and not capsys.readouterr().out
+    layer, x = layers(varied(build("vgg8", plan=[5, "P", 8]).to(device)))[1], torch.rand(4, 3, 5, 16, 16, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        found = results(fused(layer), x.round())
+        assert fast.KERNELS.pop(device) and not capsys.readouterr().out
+        for a, b in zip(found, results(fused(layer), x.round()), strict=True):
+            assert relative_error(a.double(), b.double()) < 0.05 and b.any()
 
 
 def broken(function, **options):
@@ -175,6 +180,14 @@ def broken_backward(function, **options):
 
 COMPILERS = [(broken, "RuntimeError"), (broken_later, "RuntimeError"), (other, "they give other results")]
 COMPILERS += [(broken_backward, "RuntimeError")]
+
+
+def test_the_backward_pass_is_compiled_with_the_forward_one(monkeypatch):
+    def compiler(function, **options):
+        return lambda: torch._functorch.config.force_non_lazy_backward_lowering
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert fast.kernel_of(len, "cpu")() and not torch._functorch.config.force_non_lazy_backward_lowering
 
 
 @pytest.mark.parametrize("compiler, why", COMPILERS)

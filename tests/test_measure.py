@@ -47,6 +47,14 @@ def use_som(monkeypatch):
     monkeypatch.setitem(networks.DENSE, "ei", type("SOMCircuit", (SOM, EICircuit), {}))
 
 
+@pytest.mark.parametrize("n, T, sizes", [(250, 2, [84, 83, 83]), (100, 2, [100]), (7, 500, [2, 2, 2, 1])])
+def test_test_batches_are_equal_and_small_where_T_is_large(n, T, sizes):
+    model, found = build("mlp", image_size=2, plan=[4], T=T), []
+    model.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
+    measure.evaluate(model, torch.ones(n, 3, 2, 2).byte(), torch.zeros(n).long())
+    assert found == sizes
+
+
 def test_population_counts_neurons_by_hand():
     model = build("vgg8", plan=NARROW)
     e, i = sum(n * s * s for n, s in SIZES) + 10, sum(n // 4 * s * s for n, s in SIZES) + 2

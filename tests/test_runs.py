@@ -39,7 +39,12 @@ def run(tmp_path, monkeypatch):
 
 
 def test_histograms_of_another_version_are_one_line(run):
-    with pytest.raises(ValueError, match="is of another version of the program"):
+    run.save(STATE | dict(histograms=[[dict(i_int=[1], u=[1])]]))
+    with pytest.raises(ValueError, match="begun by another version"):
+        runs.histograms(run)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (run.folder / name).unlink()
+    with pytest.raises(ValueError, match=r"^there is no .*checkpoint\.pt"):
         runs.histograms(run)
 
 

@@ -241,6 +241,12 @@ def test_a_longer_schedule(finished, monkeypatch, capsys):
     assert "has 5 epochs behind it" in fails(capsys, "--resume", finished, "--epochs", 4)
 
 
+def test_an_error_of_the_system_is_said_without_its_number(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert " cannot be used (" in (said := fails(capsys, *TINY, "--out", tmp_path / "file" / "r"))
+    assert "Errno" not in said and said.endswith("mend that, or give another path\n")
+
+
 @pytest.mark.parametrize("epochs, compiled", [(5000 // STEPS, False), (5000 // STEPS + 1, True)])
 def test_a_long_training_is_compiled(epochs, compiled, monkeypatch, capsys, tmp_path):
     def accelerate(model, compiled):
