@@ -90,7 +90,7 @@ def train(run, config, dataset, model, state=None, plain=False, give_up=False):
     if state is None:
         prepare(config, dataset, model)  # E-I Init
     steps = config["epochs"] * (len(dataset.train_y) // config["batch_size"])
-    edited = plain or accelerate(model, compiled=steps > 5000)  # or the names of the equations that were changed
+    edited = plain or accelerate(model, compiled=steps > 5000)  # the names of changed equations; compiled: on a GPU
     sgd = dict(lr=config["lr"], momentum=recipes.MOMENTUM, weight_decay=config["weight_decay"], fused=True)
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     progress = Progress(run, config, dataset, model, optimizer, state, give_up)

@@ -56,7 +56,7 @@ def recordings(name, root, size, T):
 def count(x, y, p, t, T):
     """Events -> how many there are at each pixel in each frame, (T, 2, SENSOR, SENSOR), int64.
     Of n events, in order of time, each frame receives n // T, and the last n % T are left out, as in tonic's ToFrame.
-    Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, a pixel or a polarity too high: a ValueError."""
+    Polarities of -1 and 1 are taken as 0 and 1. Fewer than T events, another pixel, another polarity: a ValueError."""
     if len(t) < T:
         raise ValueError(f"{len(t)} events cannot make T={T} frames")
     for name, values, known in (("x", x, range(SENSOR)), ("y", y, range(SENSOR)), ("polarity", p, (-1, 0, 1))):

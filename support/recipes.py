@@ -138,7 +138,7 @@ def add_settings(p):
     p.add_argument("--kind", choices=KINDS, help="ei: the paper's; bn, plain, dann: rivals; homeostasis: added (ei)")
     p.add_argument("--data", choices=LOADERS, help="dataset (digits)")
     p.add_argument("--data-root", type=lambda text: folder(text) and text, help="where the dataset is or goes (./data)")
-    p.add_argument("--augment", choices=["auto", *AUGMENTATIONS], help="(auto: the paper's; of a folder none)")
+    p.add_argument("--augment", choices=["auto", *AUGMENTATIONS], help="of training data (auto: the paper's)")
     p.add_argument("--image-size", type=count, help="side in pixels (mostly 32; see --recipes)")
     p.add_argument("--width", type=times, help="multiplies the number of maps of each layer (1)")
     p.add_argument("--ei-ratio", type=count, help="excitatory neurons for each inhibitory one (4)")
