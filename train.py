@@ -125,8 +125,8 @@ def train_run(run, config, args, device, folder=None):
                 state = run.resume(config)
             dataset, model = load_data_and_model(config, device)
             size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large
-            if size % parallel.world():
-                n = parallel.world()
+            n = parallel.world()
+            if size % n:
                 raise ValueError(f"a batch of {size} cannot be shared by {n} processes: give another --batch-size")
             if run is None:
                 run = Run.create(folder or f"runs/{recipes.run_name(config)}", config, choose=folder is None)

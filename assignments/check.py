@@ -305,8 +305,7 @@ def on_any_console(main):
     except KeyboardInterrupt:
         sys.exit("stopped")
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -91,7 +91,7 @@ def measure(contenders, seconds, device):
     """One round that warms up, then rounds until the time is up: {(name, "train" or "forward"): ms of each round}."""
     wait = getattr(torch, device.type).synchronize  # until a GPU has done its work; on a CPU it does nothing
     times = {(name, kind): [] for name in contenders for kind in ("train", "forward")}
-    for rounds in range(10**9):  # the first one warms up; on a GPU kernels are compiled in it
+    for rounds in range(10**9):  # the first one warms up and is left out
         if rounds < 2:
             begin = time.perf_counter()
         elif (time.perf_counter() - begin) * rounds / (rounds - 1) > seconds:

@@ -209,7 +209,7 @@ class FastLayer(Layer):
         if still:  # one step is expanded over time; the gradient of that is a sum, fast with channels last
             current = current.movedim(1, -1)
             return self.neuron(current.expand(T, *current.shape).movedim(-1, 2))
-        current = current.to(torch.promote_types(current.dtype, next(self.parameters(), x).dtype))  # 32 bits
+        current = current.to(torch.promote_types(current.dtype, next(self.parameters(), x).dtype))  # 32 bits at least
         current = current if usual else current.clone(memory_format=torch.contiguous_format)
         return self.neuron(current.unflatten(0, (T, B)))
 
@@ -373,7 +373,7 @@ def accelerate(model, batch=None, compiled=False):
     functions and modules before; if you do so later, call it again. Returns the functions that were edited,
     {"lif.simulate"}: each is printed and stays plain.
     model: a network of `build` on its device, changed in place; parameters and their names stay. batch: not used.
-    compiled: also compile, on a GPU, about a minute: worth it for thousands of steps; all later networks, too."""
+    compiled: also compile, on a GPU, perhaps a minute: for long trainings. All later networks are compiled, too."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):  # on others (Apple's MPS) they were never run
         return set()
@@ -404,7 +404,7 @@ def kernel_of(function, device):
     options |= dict(realize_reads_threshold=10**6, realize_opcount_threshold=10**6)
     options = {name: value for name, value in options.items() if hasattr(inductor, name)}
     kernel = torch.compile(function, dynamic=False, options=options)
-    # Only what goes in is kept, and the backward pass is compiled at once, where errors are caught (or not at all).
+    # Only what goes in is kept. The backward pass is compiled with the forward one, for its errors are caught there.
     kernel = functorch.patch(activation_memory_budget=0, force_non_lazy_backward_lowering=True)(kernel)
     kernel = dynamo.patch(specialize_float=True, cache_size_limit=1024, accumulated_cache_size_limit=1024)(kernel)
 
@@ -437,7 +437,7 @@ def compile_on(device):
             out = [steps((4, 2.0, 1.0, 4.0), x.dtype, *sides, x[..., :1] > 0.1), pool(sides[0])]
             out.append(steps((4, 2.0, 1.0, 4.0), x.dtype, sides[0][:1]))
             found.append([*out, *torch.autograd.grad(sum(part.cumsum(0).square().sum() for part in out), sides)])
-    except Exception as error:  # also on systems that it does not know
+    except Exception as error:  # also of a system, or of an older PyTorch, that cannot do this
         return no_kernels(device, type(error).__name__)
     if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True)):
         no_kernels(device, "they give other results")

@@ -137,8 +137,9 @@ def test_what_is_compiled_equals_plain(device, monkeypatch, capsys):
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(fast, "KERNELS", {})
     fast.compile_on(device)
-    for kind, shape in (("ei", (3, 3, 32, 32)), ("bn", (3, 4, 3, 32, 32))):  # still images, frames
-        model = varied(build("vgg8", kind=kind, plan=[5, "P", 8]).double().to(device))
+    still, frames = dict(kind="ei", width=0.1), dict(kind="bn", plan=[5, "P", 8])
+    for options, shape in ((still, (3, 3, 32, 32)), (frames, (3, 4, 3, 32, 32))):
+        model = varied(build("vgg8", **options).double().to(device))
         batch = torch.rand(shape, device=device).double()
         batch[0], batch[1, ..., :9] = 0, 0  # a silent sample, and silent positions
         assert assert_equal(model, batch)
