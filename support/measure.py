@@ -10,7 +10,7 @@ from torch import nn
 from baselines import DANN
 from inhibition import EICircuit
 from model import layers
-from support import data, parallel
+from support import data, parallel, recipes
 
 
 @contextmanager
@@ -146,16 +146,16 @@ def population(model):
 
 
 def header(config, dataset, model, device):
-    """Says what runs: device, data, network and its size, and every setting."""
+    """Says what runs: device, data, network and its size, and every setting that this kind of network has."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items()]
+    lacks = recipes.LACKS[config["kind"]]
+    values = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in config.items() if k not in lacks]
     n_training, n_test, size = len(dataset.train_y), len(dataset.test_y), "x".join(map(str, dataset.train_x.shape[1:]))
     print(f"device    {device} ({name})")
     print(f"data      {config['data']}: {n_training:,} training, {n_test:,} test samples of {size}")
-    print(f"augment   {dataset.augment_name}")
     n_e, n_i, n_weights = *population(model), sum(p.numel() for p in model.parameters())
     sizes = f"{n_e:,} excitatory and {n_i:,} inhibitory neurons, {n_weights:,} parameters"
-    print(f"network   {config['arch']} {config['kind']}: {sizes}")
+    print(f"augment   {dataset.augment_name}\nnetwork   {config['arch']} {config['kind']}: {sizes}")
     print("settings ", *values, flush=True)
 
 

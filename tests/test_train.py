@@ -413,6 +413,8 @@ def test_eval_beside_bn_snn(finished, tmp_path, capsys):
     out = beside("--T", "3")
     assert "no BN-SNN with a finished epoch beside it" in out and "T=3" in out
     assert main(*TINY, "--kind", "bn", "--out", bn) == 0  # with another learning rate: that of its own recipe
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("settings"))
+    assert " lr=0.1 " in said and " tau=2 " in said and "ei_ratio" not in said and " eps=" not in said
     out = beside("--kind", "ei", "--T", "3")
     assert out.count("accumulates") == 2 and "beside it, BN-SNN, with lr=0.1, " in out and out.count("T=3") == 2
     (bn / "best.pt").write_bytes(b"x")
