@@ -36,6 +36,7 @@ SUITES = {  # the settings in which the runs differ
 # Top-1 accuracy in % that the authors report on CIFAR-10: 300 epochs, full width.
 AUTHORS = {("vgg8", "ei"): 87.03, ("vgg11", "ei"): 88.43, ("vgg16", "ei"): 91.01, ("vgg19", "ei"): 91.36}
 AUTHORS |= {("resnet18", "ei"): 92.06, ("resnet18", "bn"): 95.37}
+IN_COMMON = ("width", "seed", "data_root", "augment")  # what stands elsewhere in the table, or is equal in all of it
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -127,7 +128,7 @@ def run_all(args, device):
             if run:
                 config = run.settings(config)  # one with other settings is refused
             if run and folder in results:
-                print(f"finished before, in {folder}" + ", given up at chance" * results[folder]["given_up"])
+                print(f"finished before, in {folder}" + ", given up at chance" * results[folder].get("given_up", False))
             elif status := train.train_run(run, config, args, device, folder):
                 return status, failed
         except Exception as error:
@@ -141,22 +142,24 @@ def run_all(args, device):
 
 
 def row_of(result):
-    """The cells of a run in the table."""
+    """The cells of a run in the table. The first one names the network, and where the run differs from its recipe."""
     config, data_of, epochs = result["config"], result["data"], result.get("epochs", 0)
-    names = [config["arch"], config["kind"]]
+    asked = {key: config[key] for key in ("data", "arch", "kind", "epochs")}
+    usual = recipes.settings(argparse.Namespace(**asked)) | {key: config[key] for key in IN_COMMON}
+    differing = {key: value for key, value in config.items() if value != usual.get(key)}
+    words = dict(ste="no STE", grad_scaling="no scaling", init="Kaiming")
+    words |= {key: config[key] for key in ("plan", "precision")}
+    names = [config["arch"], config["kind"], *(words.get(k, f"{k}={v}") for k, v in differing.items())]
     cifar10 = data_of["classes"] == CIFAR10 and data_of["train"].startswith("50000 ")
     full = config == config | recipes.FULL | dict(kind=config["kind"], plan="")
-    known = AUTHORS.get(tuple(names), "-") if full and cifar10 else "-"
-    names += [config["plan"]] * bool(config["plan"]) + [config["precision"]] * (config["precision"] != "float32")
-    names += [f"eps={config['eps']}"] * (config["eps"] != "adaptive") + ["no STE"] * (not config["ste"])
-    names += ["no scaling"] * (not config["grad_scaling"]) + ["Kaiming"] * (config["init"] != "ei")
+    known = AUTHORS.get(tuple(names[:2]), "-") if full and cifar10 else "-"
     last, best, seconds = "-", "-", 0.0
     if epochs:
         seconds = result["train_seconds"] / epochs
         last = f"{100 * result['test_accuracy']:.2f}"
         best = f"{100 * result['best_test_accuracy']:.2f} ({result['best_epoch']})"
     cells = [" ".join(names), f"{config['width']:g}", config["seed"], f"{epochs}/{config['epochs']}", f"{seconds:.1f}"]
-    return [*cells, result["outcome"] + ", given up at chance" * result["given_up"], last, best, known]
+    return [*cells, result["outcome"] + ", given up at chance" * result.get("given_up", False), last, best, known]
 
 
 def table(folder):

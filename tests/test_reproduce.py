@@ -42,7 +42,7 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, cap
     assert out.count("finished before") == 1 and f"run 3 of 3, with 3 epochs left in all: {BN}" in out
     lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
     assert sum("mlp" in line for line in lines) == 3 and lines[2] in out
-    assert any("mlp plain | 0.1 | 0 | 3/3 |" in line for line in lines)
+    assert any("| mlp plain batch_size=8 T=2 | 0.1 | 0 | 3/3 |" in line for line in lines)
     assert drawn[0][:2] == ["all", "runs"] and "--width=0.1" in drawn[0]
     for file in tmp_path.glob("runs/*/checkpoint*.pt"):  # large, and of no use to a finished run
         file.unlink()
@@ -109,12 +109,14 @@ def test_finished_runs_their_data_and_a_damaged_result(capsys, tmp_path, monkeyp
     assert main() == 2 and "there is no runs" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_the_authors_numbers_stand_beside_cifar10_only():
+def test_a_row_of_the_table():
+    """It names what differs from the recipe; the authors' numbers stand beside CIFAR-10 only."""
     config = reproduce.plan(reproduce.parse(["--data", "cifar10"]))[1]
     for n, classes, ste in ((5, reproduce.CIFAR10, True), (4, reproduce.CIFAR10, True), (5, [], True), (5, [], False)):
-        found = dict(outcome="converged", given_up=False, data=dict(train=f"{n}0000 samples", classes=classes))
-        number = reproduce.row_of(found | dict(config=config | dict(ste=ste)))[-1]
+        found = dict(outcome="converged", data=dict(train=f"{n}0000 samples", classes=classes))  # as once: no given_up
+        name, *_, number = reproduce.row_of(found | dict(config=config | dict(ste=ste, lr=0.1 + ste, tau=3.0)))
         assert number == (87.03 if (n, ste) == (5, True) and classes else "-")
+        assert name == f"vgg8 ei {'' if ste else 'no STE '}tau=3.0 lr={0.1 + ste}"
 
 
 def test_which_runs_there_are(monkeypatch):
