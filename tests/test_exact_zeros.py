@@ -97,7 +97,7 @@ def test_without_onednn_a_network_trains(form):
                 clamp_dale(model)
         losses[onednn] = loss.item()
     assert max(largest) < 1000
-    assert losses[False] < 0.3 and losses[False] == pytest.approx(losses[True], abs=0.05)
+    assert losses[False] < 0.5 and losses[False] == pytest.approx(losses[True], abs=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
