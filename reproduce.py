@@ -174,7 +174,10 @@ def command(args):
     device = parallel.pick_device(args.device)
     with parallel.joined(device), torch.random.fork_rng():
         status, failed = run_all(args, device)
-        if status or parallel.rank():
+        if parallel.rank():
+            return status
+        if status:
+            print("the same command goes on with all runs")
             return status
         lines = table(args.out)
         args.out.mkdir(parents=True, exist_ok=True)

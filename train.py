@@ -123,7 +123,7 @@ def train_run(run, config, args, device, folder=None):
         with parallel.first_process_first():  # it locks or makes the run folder, and decodes and caches the data
             if run:
                 state = run.resume(config)
-            dataset, model = load_data_and_model(config, device)
+            dataset, model = load_data_and_model(config, device, args.plain)
             size = data.epoch_order(config, dataset, 0).shape[1]  # refuses one that is too large
             n = parallel.world()
             if size % n:
@@ -146,7 +146,7 @@ def test_run(args, device):
     config = run.settings(vars(args), free=("data_root", "T", "precision"))
     state = run.load("best.pt")
     run.say_other_equations()
-    dataset, model = load_data_and_model(config, device)
+    dataset, model = load_data_and_model(config, device, args.plain)
     other_frames = dataset.train_x.dim() == 5 and args.T is not None  # the samples differ in any case
     but = ("train", "test", "shape") if other_frames else ("train",)
     if different := data.differences(state["data"], data.identity(dataset), but):

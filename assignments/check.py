@@ -272,7 +272,7 @@ def submit(student):
         for name in (name for name in HAND_IN if (HERE / name).is_file()):
             file.write(HERE / name, name)
     print(f"wrote {path}\nIt was made for the numbers of {student}: those of python check.py setup --id {student}")
-    print("You can hand it in. What follows is not right in it, or not done; mend it and make it again:", flush=True)
+    print("You can hand it in. Below each file stands what is not right in it, or not done:", flush=True)
     check(list(FILES), all_parts=False)
     return 0
 
@@ -287,8 +287,8 @@ def main(argv=None):
     if args.what == "submit" and args.id is None:
         parser.error("submit needs --id YOUR_ID")
     for name in ("expected.npz", "digits.npz"):
-        if not (HERE / name).is_file():
-            parser.error(f"there is no {name} in {HERE}: copy it from what you were given")
+        if not zipfile.is_zipfile(HERE / name):
+            parser.error(f"{HERE / name} is missing or damaged: copy it from what you were given")
     torch.set_num_threads(1)  # for functions as small as these, more threads are slower
     if args.what in ("setup", "submit"):
         return setup(args.id) if args.what == "setup" else submit(args.id)
@@ -304,8 +304,8 @@ def on_any_console(main):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        print("error:", f"{e.filename}: {e.strerror}" if getattr(e, "filename", 0) else e, file=sys.stderr)
         sys.exit(2)
 
 

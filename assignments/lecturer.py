@@ -228,8 +228,8 @@ def main(argv=None):
     command.add_argument("--seed", type=int, help="of the hidden inputs (a new one each time)")
     command.add_argument("--user", help="run the submissions as this user (as root, on Linux and macOS)")
     args = parser.parse_args(argv)
-    if not 0 < getattr(args, "seconds", 1) < 1e5:
-        parser.error(f"--seconds is a positive number, not {args.seconds}")
+    if not (0 < getattr(args, "seconds", 1) < 1e5 and 0 <= (getattr(args, "seed", 0) or 0) < 2**32):
+        parser.error("--seconds is a positive number, and --seed is from 0 to 2^32 - 1")
     check.torch.set_num_threads(1)  # for functions as small as these, more threads are slower
     if args.command == "freeze":
         write(compile_book(seed=1), HERE / "expected.npz")

@@ -75,9 +75,8 @@ class Dataset:
             came += f", from {x.min()} to {x.max()} with labels from {y.min()} to {y.max()}"
             if 0 <= x.min() and (x.dim() == 5 or x.max() <= 255) and 0 <= y.min() and y.max() < self.n_classes:
                 return x.byte() if x.dim() == 4 else x, y
-        wanted = "images (N, channels, S, S) from 0 to 255, not standardized, or frames (N, T, channels, S, S)"
-        labels = f"labels (N,) from 0 to {self.n_classes - 1}"
-        raise ValueError(f"the {split} set is {came}; expected whole numbers: {wanted}, with {labels}")
+        want = f"images (N, C, S, S) from 0 to 255, frames (N, T, C, S, S); labels (N,) from 0 to {self.n_classes - 1}"
+        raise ValueError(f"the {split} set is {came}; expected whole numbers, not standardized: {want}")
 
 
 def load(name, root="./data", image_size=32, device="cpu", T=16, augment=None):

@@ -166,16 +166,15 @@ def fetch(name):
         return Path(download(REPOSITORY, "model.safetensors", subfolder=name)).parent
 
 
-def settings_of(folder, plan, args):
-    """The settings of a run: what is given on the command line, else what config.json says; `plan` is the file's."""
+def settings_of(folder, told, args):
+    """The settings of a run: what is given on the command line, else what config.json and (told) the file say."""
     with explained(f"{folder / 'config.json'} cannot be used"):
         theirs = json.loads(data.content_of(folder / "config.json"))
-        arch, dataset = theirs["arch"].lower(), theirs["dataset"].lower()
-        said = dict(arch=arch if arch == "mlp" else f"{arch}{theirs['num_layers']}", data=DATA.get(dataset, dataset))
+        dataset, plan = theirs["dataset"].lower(), "-".join(map(str, told["plan"] or ()))
+        said = dict(arch=told["arch"], plan=plan, ei_ratio=told["ei_ratio"], data=DATA.get(dataset, dataset))
         neuron = NEURON | {key: theirs[key] for key in ("tau", "v_threshold", *NEURON) if key in theirs}
         neuron |= theirs.get("neuron_config", {}) | theirs.get("neuron", {})
-        said.update(tau=float(neuron.pop("tau", 2)), threshold=float(neuron.pop("v_threshold", 1)))
-        said.update(T=int(theirs["T"]), ei_ratio=int(theirs.get("ei_ratio", 4)), plan="-".join(map(str, plan or ())))
+        said.update(tau=float(neuron.pop("tau", 2)), threshold=float(neuron.pop("v_threshold", 1)), T=int(theirs["T"]))
         if neuron != NEURON:
             raise ValueError(f"a neuron of {neuron} is not the one of this program, {NEURON}")
     given = {key: value for key, value in vars(args).items() if value is not None}
@@ -188,9 +187,10 @@ def command(args, device):
         raise ValueError("--official is for one process: leave torchrun out")
     folder = fetch(args.official)
     tensors = read(folder)
-    config = settings_of(folder, describe(tensors)["plan"], args)
-    dataset, model = load_data_and_model(config, device)
-    fill(model, tensors)
+    config = settings_of(folder, describe(tensors), args)
+    dataset, model = load_data_and_model(config, device, args.plain)
+    with explained(f"{folder} is not of the network that its config.json, the options and the data make"):
+        fill(model, tensors)
     name = folder.resolve().name
     run = Run.create(args.out or f"runs/official-{name}", config, choose=args.out is None)
     with contextlib.closing(run):

@@ -51,8 +51,7 @@ class Progress:
             self._save()
             return
         if different := data.differences(state["data"], run.data):
-            where = f"the data in {config['data_root']}"
-            raise ValueError(f"{where} are not those with which {run.folder} was begun: {different}")
+            raise ValueError(f"the data in {config['data_root']} are not those of {run.folder}: {different}")
         if config["epochs"] < max(state["step"] / self.steps_per_epoch, config["warmup_epochs"]):
             behind = f"{len(state['history'])} epochs behind it, and a warm-up of {config['warmup_epochs']:g}"
             raise ValueError(f"--epochs {config['epochs']} is too few: {run.folder} has {behind}")

@@ -75,16 +75,14 @@ def settings(args):
     """Every setting of a run: what is given, else from the recipe for data, arch and kind. ValueError: it cannot be."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in WAYS}
     data, arch, kind = (given.get(key, WHAT[key]) for key in ("data", "arch", "kind"))
-    if odd := [key for key in LACKS[kind] if key in WHAT and given.get(key, WHAT[key]) != WHAT[key]]:
+    usual = WHAT | recipe(data, arch, kind)
+    config = usual | given
+    if odd := [key for key in LACKS[kind] if config[key] != usual[key]]:
         raise ValueError(f"a network of --kind {kind} has no --{odd[0].replace('_', '-')}: leave it out")
-    config = WHAT | recipe(data, arch, kind) | given
     one_in = config.pop("warmup_1_in")
     config.setdefault("warmup_epochs", config["epochs"] / one_in if one_in else 0.0)
-    if config["precision"] != "float32" and getattr(args, "plain", None):
-        raise ValueError("--plain trains the plain equations, which are in float32: leave --precision bf16 out")
     if config["warmup_epochs"] > config["epochs"]:
-        epochs = f"{config['warmup_epochs']:g} epochs is longer than the training of {config['epochs']}"
-        raise ValueError(f"a warm-up of {epochs}: give fewer --warmup-epochs or more --epochs")
+        raise ValueError("the warm-up is longer than the training: give fewer --warmup-epochs or more --epochs")
     if config["warmup_epochs"] and config["warmup_from"] > config["lr"]:
         raise ValueError(f"a warm-up from {config['warmup_from']:g} to {config['lr']:g}: give a lower --warmup-from")
     return config

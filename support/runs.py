@@ -108,7 +108,8 @@ class Run:
                     run.equations = equations()
                     return run
                 run.close()
-                raise ValueError(f"{folder} already holds a run: --resume {run.quoted}, or choose another --out")
+                resume = f"--resume {run.quoted}, or " * saved(run.folder)
+                raise ValueError(f"{folder} already holds a run: {resume}choose another --out")
             except ValueError:
                 if not choose:
                     raise
@@ -148,7 +149,7 @@ class Run:
         """The settings, and what is `given` (None: not) of those that are `free`. A ValueError if others differ."""
         for key, value in self.config.items():
             if key not in free and given.get(key) not in (None, value):
-                raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}: leave this option out")
+                raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}: give it or a new --out")
         return self.config | {key: given[key] for key in free if given.get(key) is not None}
 
     def say_other_equations(self):
@@ -257,8 +258,11 @@ def restore(module, state, path):
         module.load_state_dict(state)
 
 
-def load_data_and_model(config, device):
-    """The dataset and the network of a run's settings, on the device. The network is not initialised yet."""
+def load_data_and_model(config, device, plain=False):
+    """The dataset and the network of a run's settings, on the device. The network is not initialised yet.
+    plain: whether only plain equations will run. ValueError: these are in float32, and the settings say bf16."""
+    if plain and config["precision"] == "bf16":
+        raise ValueError("--plain runs the plain equations, which are in float32: leave it out, or give --precision float32")
     how = (config["data_root"], config["image_size"], device, config["T"], config["augment"])
     dataset = data.load(config["data"], *how)
     torch.manual_seed(config["seed"])

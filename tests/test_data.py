@@ -237,7 +237,7 @@ ODD = [  # what is not right in a dataset, and what is said of it
     (dict(train_x=torch.full((4, 1, 2, 2), torch.nan)), r"float32 .*; expected whole numbers.*standardized"),
     (dict(train_x=torch.full((4, 1, 2, 2), 65535)), "from 65535 to 65535 .*from 0 to 255"),
     (dict(test_x=-X.int() - 1), "test set is .* from -1 to -1"),
-    (dict(train_x=X[:, 0]), r"\(4, 2, 2\) .*images \(N, channels, S, S\)"),
+    (dict(train_x=X[:, 0]), r"\(4, 2, 2\) .*images \(N, C, S, S\)"),
     (dict(train_x=torch.zeros(4, 2, 2, 3).byte()), r"\(4, 2, 2, 3\)"),
     (dict(train_x=["a.png", "b.png"]), "is of type list .*, not tensors or arrays of numbers"),
     (dict(test_x=X[:0], test_y=Y[:0]), r"test set is torch.uint8 \(0, 1, 2, 2\)"),

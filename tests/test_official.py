@@ -156,14 +156,14 @@ def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
         (dict(dataset="digits", T=0), "T and image_size are at least 1"),
         (dict(dataset="digits", neuron=dict(tau=0.5)), "tau must be at least 1"),
         (dict(dataset="ImageNet"), "unknown data 'imagenet'"),
-        (dict(dataset="digits", num_layers=9), "plain, dann, homeostasis, not 'vgg9', 'ei'"),
         (dict(neuron=dict(v_reset=0.0)), "config.json cannot be used (ValueError: a neuron of {"),
     ):
         write(tmp_path / "x", TENSORS, **config)
         assert message in fails(capsys, *argv)
     first = {"layers.2.conv_ee.weight": torch.rand(16, 1, 3, 3)}  # digits have one channel
-    write(tmp_path / "x", TENSORS | first, ei_ratio=8)
-    message = "'layers.2.conv_ie.weight' is of shape (4, 3, 3, 3), not of shape (2, 1, 3, 3)"
+    write(tmp_path / "x", TENSORS | first, arch="ResNet", ei_ratio=8)  # the tensors say what network it is
+    message = "x is not of the network that its config.json, the options and the data make (ValueError: the tensor "
+    message += "'layers.2.conv_ie.weight' is of shape (4, 3, 3, 3), not of shape (4, 1, 3, 3))"
     assert message in fails(capsys, *argv, "--data", "digits")
     (tmp_path / "x" / "config.json").unlink()
     assert "config.json cannot be used" in fails(capsys, *argv)

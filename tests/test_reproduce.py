@@ -35,7 +35,7 @@ def test_it_goes_on_where_it_was_and_skips_what_is_finished(drawn, tmp_path, cap
         stop_at(patch, 3 * STEPS + STEPS + 1)  # in the second epoch of the second run
         assert main() == 128 + signal.SIGTERM
     out = capsys.readouterr().out
-    assert "run 2 of 3, with 6 epochs left in all: " in out and "--resume" in out and "run 3" not in out
+    assert "run 2 of 3, with 6 epochs left in all: " in out and "run 3" not in out and "the same command goes on" in out
     assert not drawn and not (tmp_path / "runs" / "table.md").exists() and Run(f"runs/{EI}").load()["step"] == 7
     assert main() == 0
     out = capsys.readouterr().out
