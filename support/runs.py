@@ -262,7 +262,7 @@ def load_data_and_model(config, device, plain=False):
     """The dataset and the network of a run's settings, on the device. The network is not initialised yet.
     plain: whether only plain equations will run. ValueError: these are in float32, and the settings say bf16."""
     if plain and config["precision"] == "bf16":
-        raise ValueError("--plain runs the plain equations, which are in float32: leave it out, or give --precision float32")
+        raise ValueError("--plain runs the plain equations, which are in float32: leave it out, or --precision float32")
     how = (config["data_root"], config["image_size"], device, config["T"], config["augment"])
     dataset = data.load(config["data"], *how)
     torch.manual_seed(config["seed"])

@@ -330,7 +330,7 @@ BAD = """--arch vgg9: vgg9; --kind ln: ln; --T 0: at least 1; --epochs 1.5: whol
 --kind dann --tau 3: has no --tau; --kind bn --ei-ratio 8: has no --ei-ratio; --eps small: adaptive
 --threshold 0: positive number; --width 0: 0.001 to 100; --batch-size 49: larger than the training set of 48
 --warmup-epochs 10 --epochs 2: longer than the training; --device=: cannot be used; --plan x,8: list of layer sizes
---seed -1: at least 0; --kind dann --T 4: has no --T; --precision bf16 --plain: give --precision float32
+--seed -1: at least 0; --kind dann --T 4: has no --T; --precision bf16 --plain: or --precision float32
 --out ~nobody-of-this-name/x: home directory; --frobnicate: frobnicate; --resume nowhere: nowhere is not a run folder
 --eval=: not a run folder; --resume a --eval b: one of them; --resume a --out b: one of them; --out file/r: Not a dir
 --device abacus: abacus; --tau 0.5: at least 1; --device meta: cannot be used; --out file: is no folder"""
