@@ -36,7 +36,7 @@ SUITES = {  # the settings in which the runs differ
 # Top-1 accuracy in % that the authors report on CIFAR-10: 300 epochs, full width.
 AUTHORS = {("vgg8", "ei"): 87.03, ("vgg11", "ei"): 88.43, ("vgg16", "ei"): 91.01, ("vgg19", "ei"): 91.36}
 AUTHORS |= {("resnet18", "ei"): 92.06, ("resnet18", "bn"): 95.37}
-IN_COMMON = ("width", "seed", "data_root", "augment")  # what stands elsewhere in the table, or is equal in all of it
+ELSEWHERE = ("width", "seed", "data_root")  # what is not said of a run by its name in the table
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -69,6 +69,8 @@ def plan(args):
     for seed in range(1, args.seeds):
         chosen += [own | dict(seed=seed) for own in compared]
     given = {k: v for k, v in vars(args).items() if k not in ("suite", "seeds", "figures")}
+    if args.plain and args.precision == "bf16":
+        raise ValueError("--plain is for float32: leave it or --precision bf16 out")
     configs = []
     for own in chosen:
         without = dict.fromkeys(
@@ -145,14 +147,15 @@ def row_of(result):
     """The cells of a run in the table. The first one names the network, and where the run differs from its recipe."""
     config, data_of, epochs = result["config"], result["data"], result.get("epochs", 0)
     asked = {key: config[key] for key in ("data", "arch", "kind", "epochs")}
-    usual = recipes.settings(argparse.Namespace(**asked)) | {key: config[key] for key in IN_COMMON}
-    differing = {key: value for key, value in config.items() if value != usual.get(key)}
+    usual = recipes.settings(argparse.Namespace(**asked)) | {key: config[key] for key in ELSEWHERE}
+    usual["data"] = recipes.WHAT["data"]
+    differing = {k: f"{v:g}" if isinstance(v, float) else v for k, v in config.items() if v != usual.get(k)}
     words = dict(ste="no STE", grad_scaling="no scaling", init="Kaiming")
     words |= {key: config[key] for key in ("plan", "precision")}
     names = [config["arch"], config["kind"], *(words.get(k, f"{k}={v}") for k, v in differing.items())]
     cifar10 = data_of["classes"] == CIFAR10 and data_of["train"].startswith("50000 ")
-    full = config == config | recipes.FULL | dict(kind=config["kind"], plan="")
-    known = AUTHORS.get(tuple(names[:2]), "-") if full and cifar10 else "-"
+    alike = differing.keys() <= {"data", "augment", "precision"}
+    known = AUTHORS.get(tuple(names[:2]), "-") if alike and cifar10 else "-"
     last, best, seconds = "-", "-", 0.0
     if epochs:
         seconds = result["train_seconds"] / epochs

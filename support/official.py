@@ -128,8 +128,8 @@ def describe(tensors, image_size=32):
     plan = list(sizes) if arch == "mlp" else [n if n == "P" else next(sizes, n) for n in PLANS[arch]]
     plan = None if plan == PLANS[arch] else plan
     channels = first.shape[1] // image_size**2 if arch == "mlp" else first.shape[1]
-    w_ei = max((tensor for name, tensor in tensors.items() if name.endswith("weight_ei")), key=len)  # (n_E, n_I)
-    ratio = w_ei.shape[0] // w_ei.shape[1]
+    shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith("weight_ei")]  # (n_E, n_I)
+    ratio = next((r for r in range(1, 10**4) if all(max(1, n_e // r) == n_i for n_e, n_i in shapes)), 4)
     return dict(arch=arch, plan=plan, in_channels=channels, n_classes=len(last), ei_ratio=ratio)
 
 
@@ -183,8 +183,8 @@ def settings_of(folder, told, args):
 
 def command(args, device):
     """`train.py --official`: tests one of the authors' networks, and makes a run folder of it. Returns 0."""
-    if parallel.world() > 1:
-        raise ValueError("--official is for one process: leave torchrun out")
+    if parallel.world() > 1 or args.kind not in (None, "ei"):
+        raise ValueError("--official is for one process, and of --kind ei: leave torchrun and other kinds out")
     folder = fetch(args.official)
     tensors = read(folder)
     config = settings_of(folder, describe(tensors), args)

@@ -148,8 +148,8 @@ class Run:
     def settings(self, given, free=("data_root",)):
         """The settings, and what is `given` (None: not) of those that are `free`. A ValueError if others differ."""
         for key, value in self.config.items():
-            if key not in free and given.get(key) not in (None, value):
-                raise ValueError(f"{self.folder} was made with {key}={value}, not {given[key]}: give it or a new --out")
+            if key not in free and (new := given.get(key)) not in (None, value):
+                raise ValueError(f"{self.folder} was made with {key}={value}, not {new}: leave it out, or say the same")
         return self.config | {key: given[key] for key in free if given.get(key) is not None}
 
     def say_other_equations(self):
@@ -262,7 +262,7 @@ def load_data_and_model(config, device, plain=False):
     """The dataset and the network of a run's settings, on the device. The network is not initialised yet.
     plain: whether only plain equations will run. ValueError: these are in float32, and the settings say bf16."""
     if plain and config["precision"] == "bf16":
-        raise ValueError("--plain runs the plain equations, which are in float32: leave it out, or --precision float32")
+        raise ValueError("--plain is for float32: leave it out, or (but not with --resume) give --precision float32")
     how = (config["data_root"], config["image_size"], device, config["T"], config["augment"])
     dataset = data.load(config["data"], *how)
     torch.manual_seed(config["seed"])

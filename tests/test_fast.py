@@ -196,13 +196,13 @@ def test_the_backward_pass_is_compiled_with_the_forward_one(monkeypatch):
     assert fast.kernel_of(len, "cpu")() and not functorch.force_non_lazy_backward_lowering
 
 
-@COMPILES
 @pytest.mark.parametrize("compiler, why", COMPILERS)
 def test_without_a_compiler_that_works_one_line_says_so(compiler, why, monkeypatch, capsys):
     monkeypatch.setattr(fast, "KERNELS", {})
     monkeypatch.setattr(torch, "compile", compiler)
     fast.compile_on("cpu")
     said = capsys.readouterr().out
+    why = "AttributeError" if OLD else why
     assert f"makes no kernels here ({why}): gain control" in said and said.count("\n") == 1
     assert fast.KERNELS == {"cpu": {}}
 

@@ -67,6 +67,7 @@ NETWORKS = {
     "vgg11, frames": dict(arch="vgg11", width=0.125, in_channels=2, image_size=48, T=3),
     "resnet18": dict(arch="resnet18", width=0.1, n_classes=200, ei_ratio=2),
     "mlp": dict(arch="mlp", in_channels=1, image_size=28),
+    "mlp, 15 // 4 interneurons": dict(arch="mlp", plan=[15, 8, 8], in_channels=1, image_size=8),
 }
 
 
@@ -150,7 +151,7 @@ def test_a_run_folder_of_a_checkpoint(mlp, tmp_path, capsys, monkeypatch):
     assert re.search(r"test accuracy \d+\.\d\d%", out)[0] in capsys.readouterr().out
 
 
-def test_what_config_json_says_counts_or_is_refused(tmp_path, capsys):
+def test_what_config_json_says_beside_the_tensors_counts_or_is_refused(tmp_path, capsys):
     argv = ["--official", tmp_path / "x", "--out", tmp_path / "run"]
     for config, message in (
         (dict(dataset="digits", T=0), "T and image_size are at least 1"),

@@ -112,11 +112,15 @@ def test_finished_runs_their_data_and_a_damaged_result(capsys, tmp_path, monkeyp
 def test_a_row_of_the_table():
     """It names what differs from the recipe; the authors' numbers stand beside CIFAR-10 only."""
     config = reproduce.plan(reproduce.parse(["--data", "cifar10"]))[1]
-    for n, classes, ste in ((5, reproduce.CIFAR10, True), (4, reproduce.CIFAR10, True), (5, [], True), (5, [], False)):
+    for n, classes, own, name in (
+        (5, reproduce.CIFAR10, dict(precision="bf16", width=0.5), "vgg8 ei data=cifar10 bf16"),
+        (5, reproduce.CIFAR10, dict(ste=False, tau=3.0), "vgg8 ei no STE tau=3 data=cifar10"),
+        (4, reproduce.CIFAR10, dict(augment="none"), "vgg8 ei data=cifar10 augment=none"),
+        (5, [], dict(lr=1 / 3), "vgg8 ei data=cifar10 lr=0.333333"),
+    ):
         found = dict(outcome="converged", data=dict(train=f"{n}0000 samples", classes=classes))  # as once: no given_up
-        name, *_, number = reproduce.row_of(found | dict(config=config | dict(ste=ste, lr=0.1 + ste, tau=3.0)))
-        assert number == (87.03 if (n, ste) == (5, True) and classes else "-")
-        assert name == f"vgg8 ei {'' if ste else 'no STE '}tau=3.0 lr={0.1 + ste}"
+        cells = reproduce.row_of(found | dict(config=config | own))
+        assert cells[0] == name and cells[-1] == (87.03 if "width" in own else "-")
 
 
 def test_which_runs_there_are(monkeypatch):
@@ -137,7 +141,8 @@ def test_which_runs_there_are(monkeypatch):
 
 
 BAD = """--suite depth: chooses --arch itself; --kind ei: chooses --kind itself; --seeds 2 --seed 1: leave --seed out
---suite rivals --eps 1e-6: the run {'kind'; --out ~nobody-of-this-name/x: home directory; --seeds 0: at least 1"""
+--suite rivals --eps 1e-6: the run {'kind'; --out ~nobody-of-this-name/x: home directory; --seeds 0: at least 1
+--precision bf16 --plain: leave it or --precision"""
 
 
 @pytest.mark.parametrize("arguments, words", [case.split(": ") for case in BAD.replace("\n", "; ").split("; ")])

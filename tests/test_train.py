@@ -330,7 +330,7 @@ BAD = """--arch vgg9: vgg9; --kind ln: ln; --T 0: at least 1; --epochs 1.5: whol
 --kind dann --tau 3: has no --tau; --kind bn --ei-ratio 8: has no --ei-ratio; --eps small: adaptive
 --threshold 0: positive number; --width 0: 0.001 to 100; --batch-size 49: larger than the training set of 48
 --warmup-epochs 10 --epochs 2: longer than the training; --device=: cannot be used; --plan x,8: list of layer sizes
---seed -1: at least 0; --kind dann --T 4: has no --T; --precision bf16 --plain: or --precision float32
+--seed -1: at least 0; --kind dann --T 4: has no --T; --precision bf16 --plain: give --precision float32
 --out ~nobody-of-this-name/x: home directory; --frobnicate: frobnicate; --resume nowhere: nowhere is not a run folder
 --eval=: not a run folder; --resume a --eval b: one of them; --resume a --out b: one of them; --out file/r: Not a dir
 --device abacus: abacus; --tau 0.5: at least 1; --device meta: cannot be used; --out file: is no folder"""
@@ -433,7 +433,7 @@ def test_bfloat16_is_remembered_and_is_not_for_the_plain_equations(capsys):
     run = "runs/digits-mlp-ei-width0.1-bf16-seed0"
     assert main(*TINY, "--precision", "bf16") == 0 and Run(run).config["precision"] == "bf16"
     for how in ("--eval", "--resume"):
-        assert "--plain runs the plain equations, which are in float32" in fails(capsys, how, run, "--plain")
+        assert "--plain is for float32: leave it out" in fails(capsys, how, run, "--plain")
     said = []
     for options in ([], ["--precision", "float32"], ["--precision", "float32", "--plain"]):
         assert main("--eval", run, *options) == 0
