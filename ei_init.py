@@ -35,7 +35,7 @@ For spikes that are 1 with probability p, E[x] = E[x^2] = p and Var[x] = p (1 - 
 
 Two things are approximate. The mean is 0 over many draws of the weights; a single draw with few interneurons is off by
 0.1 to 0.2. And only the variance of I_EE went into the derivation, while I_sub varies too, partly together with I_EE:
-the standard deviation is near 1, not 1. In the demonstration below it is 0.79 to 0.94 (12 draws), and in VGG-8 and
+the standard deviation is near 1, not 1. In the demonstration below it is 0.78 to 0.96 (40 draws), and in VGG-8 and
 VGG-19 on the digits 0.69 to 1.40 (figures/init.csv).
 
 `python ei_init.py` prints mean and standard deviation of I_int by layer, with and without E-I Init.

@@ -90,7 +90,7 @@ def results_in(folder):
     found = {}
     for path in sorted(folder.glob("*/result.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = dict(given_up=False) | json.loads(path.read_text(encoding="utf-8"))  # once it was not written
             row_of(result)
             found[path.parent] = result
         except Exception as error:  # a damaged file fails in many ways
@@ -130,7 +130,7 @@ def run_all(args, device):
             if run:
                 config = run.settings(config)  # one with other settings is refused
             if run and folder in results:
-                print(f"finished before, in {folder}" + ", given up at chance" * results[folder].get("given_up", False))
+                print(f"finished before, in {folder}" + ", given up at chance" * results[folder]["given_up"])
             elif status := train.train_run(run, config, args, device, folder):
                 return status, failed
         except Exception as error:
@@ -162,7 +162,7 @@ def row_of(result):
         last = f"{100 * result['test_accuracy']:.2f}"
         best = f"{100 * result['best_test_accuracy']:.2f} ({result['best_epoch']})"
     cells = [" ".join(names), f"{config['width']:g}", config["seed"], f"{epochs}/{config['epochs']}", f"{seconds:.1f}"]
-    return [*cells, result["outcome"] + ", given up at chance" * result.get("given_up", False), last, best, known]
+    return [*cells, result["outcome"] + ", given up at chance" * result["given_up"], last, best, known]
 
 
 def table(folder):

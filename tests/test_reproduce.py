@@ -105,6 +105,8 @@ def test_finished_runs_their_data_and_a_damaged_result(capsys, tmp_path, monkeyp
         assert path.read_text() == whole  # it is written again
     for file in path.parent.glob("checkpoint*.pt"):
         file.unlink()
+    path.write_text(whole.replace('"given_up": false,', ""))  # of an earlier version
+    assert main() == 0 and "finished before" in capsys.readouterr().out and '"given_up"' not in path.read_text()
     path.write_text("{")
     assert main() == 2 and "there is no runs" in capsys.readouterr().out.splitlines()[-1]
 
@@ -118,7 +120,7 @@ def test_a_row_of_the_table():
         (4, reproduce.CIFAR10, dict(augment="none"), "vgg8 ei data=cifar10 augment=none"),
         (5, [], dict(lr=1 / 3), "vgg8 ei data=cifar10 lr=0.333333"),
     ):
-        found = dict(outcome="converged", data=dict(train=f"{n}0000 samples", classes=classes))  # as once: no given_up
+        found = dict(outcome="converged", given_up=False, data=dict(train=f"{n}0000 samples", classes=classes))
         cells = reproduce.row_of(found | dict(config=config | own))
         assert cells[0] == name and cells[-1] == (87.03 if "width" in own else "-")
 
